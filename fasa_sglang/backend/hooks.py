@@ -1,0 +1,148 @@
+"""The places of SGLang that FASA hooks. Inert unless the server runs the ``fasa`` backend."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from sglang.srt.plugins.hook_registry import HookType
+
+from fasa_sglang.backend.label_cache import label_bytes_per_token
+from fasa_sglang.backend.step import REQ_ATTRIBUTE, launch_step
+from fasa_sglang.errors import RequestError
+from fasa_sglang.requests import parse_request
+
+META_KEY = "fasa"
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One hook: SGLang's dotted name, our function, and how it attaches."""
+
+    target: str
+    function: Callable[..., Any]
+    kind: HookType
+
+
+def check_request(manager: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
+    """Refuse a malformed ``custom_params`` in the tokenizer process, before it is scheduled.
+
+    A ``ValueError`` here becomes HTTP 400; nothing was scheduled and the server goes on.
+    """
+    from fasa_sglang.backend.host import fasa_config, uses_fasa
+
+    custom_params = (getattr(obj, "sampling_params", None) or {}).get("custom_params")
+    if custom_params is None:
+        return
+    if not isinstance(custom_params, dict):
+        raise RequestError(f"custom_params must be an object, got {custom_params!r:.80}")
+    if not uses_fasa(manager.server_args):
+        if custom_params.get("fasa") not in (None, False):
+            raise RequestError(
+                "this server does not run FASA, so it cannot serve a request with fasa; start it "
+                "with --attention-backend fasa"
+            )
+        return
+    parse_request(custom_params, fasa_config(manager.model_config), prompt_len=0)
+
+
+def plan_step(result: Any, cls: Any, batch: Any, model_runner: Any, **kwargs: Any) -> None:
+    """Tell the backend what each lane of the coming forward pass does."""
+    from fasa_sglang.backend.torch_backend import FasaTorchAttnBackend
+
+    backend = getattr(model_runner, "attn_backend", None)
+    if isinstance(backend, FasaTorchAttnBackend):
+        backend.lanes = launch_step(batch, backend.config, backend.num_layers)
+
+
+def count_step(result: Any, processor: Any, i: int, req: Any, *args: Any, **kwargs: Any) -> None:
+    """Count an accepted token's step and leave the request's report for its reply.
+
+    SGLang sends one entry per output token; only the newest is filled, so that a long reply
+    carries one report and not one per token.
+    """
+    state = getattr(req, REQ_ATTRIBUTE, None)
+    if state is None:
+        return
+    state.count()
+    if req.customized_info is None:
+        req.customized_info = {}
+    entries = req.customized_info.setdefault(META_KEY, [])
+    if entries:
+        entries[-1] = None
+    entries.append(state.report())
+
+
+def fold_report(
+    original: Callable[..., AsyncGenerator[dict[str, Any], None]], *args: Any, **kwargs: Any
+) -> AsyncIterator[dict[str, Any]]:
+    """Turn the per-token entries of a reply into one report.
+
+    SGLang looks the request up when this is called, not when it is first awaited, so the
+    original has to be called at once.
+    """
+    return _fold(original(*args, **kwargs))
+
+
+async def _fold(replies: AsyncGenerator[dict[str, Any], None]) -> AsyncIterator[dict[str, Any]]:
+    async with aclosing(replies):
+        async for reply in replies:
+            entries = reply.get("meta_info", {}).get(META_KEY)
+            if isinstance(entries, list):
+                report = next((entry for entry in reversed(entries) if entry), None)
+                reply = {**reply, "meta_info": {**reply["meta_info"], META_KEY: report}}
+            yield reply
+
+
+def reserve_label_bytes(
+    original: Callable[..., int], configurator: Any, kvc: Any, num_layers: int
+) -> int:
+    """Add the label cache to the bytes one token costs, so that the pool leaves room for it."""
+    from sglang.srt.runtime_context import get_parallel
+
+    from fasa_sglang.backend.host import fasa_config, load_dominant_fcs, uses_fasa
+
+    cell_size = original(configurator, kvc, num_layers)
+    if not uses_fasa(kvc.server_args):
+        return cell_size
+    _, num_fcs = load_dominant_fcs(kvc.model_config)
+    num_kv_heads = kvc.model_config.get_num_kv_heads(get_parallel().attn_tp_size)
+    label_dtype = fasa_config(kvc.model_config).label_dtype
+    return cell_size + label_bytes_per_token(num_layers, num_kv_heads, num_fcs, label_dtype)
+
+
+def refuse_triton(original: Callable[[str], bool], backend: str) -> bool:
+    """Keep SGLang's Triton helpers off the CPU, as for its own torch backend (until 0.5.20)."""
+    from sglang.srt.platforms import current_platform
+
+    from fasa_sglang.plugin import BACKEND_NAME
+
+    on_cpu = current_platform.device_type == "cpu"
+    return original(backend) and not (backend == BACKEND_NAME and on_cpu)
+
+
+_RESULTS = "sglang.srt.managers.scheduler_components.batch_result_processor"
+_TOKENIZER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+
+HOOKS = (
+    Hook(f"{_TOKENIZER}._create_tokenized_object", check_request, HookType.BEFORE),
+    Hook(f"{_TOKENIZER}._wait_one_response", fold_report, HookType.AROUND),
+    Hook(
+        "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new",
+        plan_step,
+        HookType.AFTER,
+    ),
+    Hook(
+        f"{_RESULTS}.SchedulerBatchResultProcessor._maybe_collect_customized_info",
+        count_step,
+        HookType.AFTER,
+    ),
+    Hook(
+        "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator._compute_cell_size",
+        reserve_label_bytes,
+        HookType.AROUND,
+    ),
+    Hook("sglang.srt.utils.common.support_triton", refuse_triton, HookType.AROUND),
+)

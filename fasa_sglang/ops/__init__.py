@@ -1,0 +1,1 @@
+"""FASA's steps as pure functions on tensors."""

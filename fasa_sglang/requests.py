@@ -1,0 +1,102 @@
+"""What one request asks for: ``custom_params={"fasa": ...}``, parsed and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fasa_sglang.config import FasaConfig
+from fasa_sglang.errors import RequestError
+
+PREFIX_MODES = ("select", "full")
+
+
+@dataclass(frozen=True)
+class FasaRequest:
+    """The FASA parameters of a request that uses it, every default filled in.
+
+    Args:
+        budget: Tokens attended per (request, KV head) and step; ``sink`` and ``recent`` inside.
+        sink: First tokens that are always attended.
+        recent: Last tokens that are always attended.
+        prefix: ``select`` chooses among all tokens; ``full`` attends to the whole prompt and
+            spends the budget on generated tokens only.
+    """
+
+    budget: int
+    sink: int
+    recent: int
+    prefix: str = "select"
+
+
+def parse_request(
+    custom_params: Mapping[str, Any] | None, config: FasaConfig, prompt_len: int
+) -> FasaRequest | None:
+    """Read the ``fasa`` entry of a request's ``custom_params``.
+
+    Args:
+        custom_params: As sent; other entries are left alone. None counts as empty.
+        config: The server's settings, which fill in what the request leaves out.
+        prompt_len: Tokens of the prompt; decides for requests that leave it to the server.
+
+    Returns:
+        None if the request stays dense.
+
+    Raises:
+        RequestError: An unknown key, a wrong type or a value that cannot be served.
+    """
+    asked = None if custom_params is None else custom_params.get("fasa")
+    if asked is None:
+        by_default = config.default == "on" or (
+            config.default == "auto" and prompt_len >= config.min_seq_len
+        )
+        return FasaRequest(config.budget, config.sink, config.recent) if by_default else None
+    if asked is False:
+        return None
+    if asked is True:
+        asked = {}
+    if not isinstance(asked, Mapping):
+        raise RequestError(f"fasa must be true, false or an object, got {asked!r:.80}")
+    parsers = {
+        "budget": _integer(minimum=1),
+        "sink": _integer(minimum=0),
+        "recent": _integer(minimum=1),
+        "prefix": _one_of(PREFIX_MODES),
+        "prune": _one_of(("off",)),
+    }
+    for key in asked:
+        if key not in parsers:
+            raise RequestError(
+                f"fasa has no key {str(key)!r:.80}, expected one of {', '.join(parsers)}"
+            )
+    values = {key: parsers[key](f"fasa.{key}", value) for key, value in asked.items()}
+    values.pop("prune", None)
+    request = FasaRequest(
+        **{"budget": config.budget, "sink": config.sink, "recent": config.recent, **values}
+    )
+    least = request.sink + request.recent + 1
+    if not least <= request.budget <= config.max_budget:
+        raise RequestError(
+            f"fasa.budget must be from sink + recent + 1 = {least} to the server's max_budget = "
+            f"{config.max_budget} tokens, got {request.budget}"
+        )
+    return request
+
+
+def _integer(minimum: int) -> Any:
+    def parse(name: str, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise RequestError(f"{name} must be an integer of at least {minimum}, got {value!r:.80}")
+        return value
+
+    return parse
+
+
+def _one_of(allowed: tuple[str, ...]) -> Any:
+    def parse(name: str, value: Any) -> str:
+        if value not in allowed:
+            raise RequestError(f"{name} must be one of {', '.join(allowed)}, got {value!r:.80}")
+        return value
+
+    return parse
