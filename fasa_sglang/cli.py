@@ -1,0 +1,38 @@
+"""The ``fasa`` command. Each subcommand's code is imported only when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from fasa_sglang import __version__
+from fasa_sglang.errors import FasaError
+
+# Subcommand: (module with add_arguments and run, one line of help).
+COMMANDS = {
+    "doctor": ("fasa_sglang.doctor", "say what is installed, hooked and would be refused"),
+    "calibrate": ("fasa_sglang.calibration.command", "rank a model's frequency chunks"),
+    "demo": ("fasa_sglang.workloads.demo", "serve a long prompt with and without FASA"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; exit code 0 only if the thing was done."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(prog="fasa", description="FASA for SGLang")
+    parser.add_argument("--version", action="version", version=f"fasa-sglang {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, text) in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=text, description=text)
+        if name in argv[:1]:
+            command = importlib.import_module(module)
+            command.add_arguments(subparser)
+    args = parser.parse_args(argv)
+    try:
+        command.run(args)
+    except FasaError as error:
+        print(f"fasa {args.command}: {error}", file=sys.stderr)
+        return 1
+    return 0

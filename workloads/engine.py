@@ -1,0 +1,63 @@
+"""Start SGLang in this process's children: on CUDA if there is one, else on the CPU platform."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fasa_sglang.platforms import PLATFORM_NAME
+
+# Neither the torch backend nor a CPU can capture graphs.
+EAGER = {"cuda_graph_backend_decode": "disabled", "cuda_graph_backend_prefill": "disabled"}
+
+
+def engine_arguments(
+    model: str | Path, fasa: dict[str, Any] | None, **overrides: Any
+) -> dict[str, Any]:
+    """Keyword arguments for ``sglang.Engine``, and this process's environment set for it.
+
+    Args:
+        model: Hugging Face folder or hub name.
+        fasa: The server's FASA settings; None runs SGLang's ``torch_native`` backend.
+        overrides: Anything ``sglang.Engine`` takes; wins over ours.
+    """
+    arguments: dict[str, Any] = {
+        "model_path": str(model),
+        "attention_backend": "torch_native" if fasa is None else "fasa",
+        "log_level": "error",
+        "sampling_backend": "pytorch",
+        "grammar_backend": "none",
+        **EAGER,
+    }
+    if fasa is not None:
+        arguments["json_model_override_args"] = json.dumps({"fasa": fasa})
+    if not torch.cuda.is_available():
+        os.environ["SGLANG_PLATFORM"] = PLATFORM_NAME
+        # SGLang's scheduler and the model share the cores; more threads only fight.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        arguments.update(device="cpu", dtype="float32", mem_fraction_static=0.3)
+    return {**arguments, **overrides}
+
+
+@contextmanager
+def running_engine(
+    model: str | Path, fasa: dict[str, Any] | None, **overrides: Any
+) -> Iterator[Any]:
+    """An ``sglang.Engine`` for the time of a ``with`` block; arguments as ``engine_arguments``.
+
+    SGLang spawns its processes, so the calling script needs ``if __name__ == "__main__"``.
+    """
+    arguments = engine_arguments(model, fasa, **overrides)
+    import sglang
+
+    engine = sglang.Engine(**arguments)
+    try:
+        yield engine
+    finally:
+        engine.shutdown()
