@@ -9,6 +9,13 @@ from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookType
 
+from fasa_sglang.backend.host import (
+    KEPT_LEN_METHOD,
+    fasa_config,
+    free_row_tail,
+    load_dominant_fcs,
+    uses_fasa,
+)
 from fasa_sglang.backend.label_cache import label_bytes_per_token
 from fasa_sglang.backend.step import REQ_ATTRIBUTE, launch_step
 from fasa_sglang.errors import RequestError
@@ -31,8 +38,6 @@ def check_request(manager: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
 
     A ``ValueError`` here becomes HTTP 400; nothing was scheduled and the server goes on.
     """
-    from fasa_sglang.backend.host import fasa_config, uses_fasa
-
     custom_params = (getattr(obj, "sampling_params", None) or {}).get("custom_params")
     if custom_params is None:
         return
@@ -96,13 +101,34 @@ async def _fold(replies: AsyncGenerator[dict[str, Any], None]) -> AsyncIterator[
             yield reply
 
 
+def keep_exact_prefix(result: int, req: Any) -> int:
+    """Let the radix tree keep only keys and values that a dense run would have.
+
+    What a sparse step computed belongs to that request's approximation. In the tree another
+    request, dense ones included, would read it as if it were exact.
+    """
+    state = getattr(req, REQ_ATTRIBUTE, None)
+    if state is None or state.exact_len is None:
+        return result
+    return min(result, state.exact_len)
+
+
+def free_inexact_tail(
+    original: Callable[..., None], req: Any, start: int, end: int, tree_cache: Any
+) -> None:
+    """Free what ``keep_exact_prefix`` withheld; SGLang asserts that there is no such tail."""
+    state = getattr(req, REQ_ATTRIBUTE, None)
+    if state is None or state.exact_len is None:
+        original(req, start, end, tree_cache)
+    elif start < end:
+        free_row_tail(req, start, end, tree_cache)
+
+
 def reserve_label_bytes(
     original: Callable[..., int], configurator: Any, kvc: Any, num_layers: int
 ) -> int:
     """Add the label cache to the bytes one token costs, so that the pool leaves room for it."""
     from sglang.srt.runtime_context import get_parallel
-
-    from fasa_sglang.backend.host import fasa_config, load_dominant_fcs, uses_fasa
 
     cell_size = original(configurator, kvc, num_layers)
     if not uses_fasa(kvc.server_args):
@@ -142,6 +168,12 @@ HOOKS = (
     Hook(
         "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator._compute_cell_size",
         reserve_label_bytes,
+        HookType.AROUND,
+    ),
+    Hook(f"sglang.srt.managers.schedule_batch.Req.{KEPT_LEN_METHOD}", keep_exact_prefix, HookType.AFTER),
+    Hook(
+        "sglang.srt.mem_cache.common._release_overallocated_kv_indices",
+        free_inexact_tail,
         HookType.AROUND,
     ),
     Hook("sglang.srt.utils.common.support_triton", refuse_triton, HookType.AROUND),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from fasa_sglang.config import FasaConfig
@@ -115,6 +116,24 @@ def load_dominant_fcs(model_config: Any) -> tuple[DominantFCs, int]:
             f"chunks, got {num_fcs}"
         )
     return dominant, num_fcs
+
+
+def free_row_tail(req: Any, start: int, end: int, tree_cache: Any) -> None:
+    """Give back the KV slots of positions ``start`` to ``end`` of a request that ends."""
+    if hasattr(tree_cache, "free_kv_row"):  # SGLang 0.5.23
+        tree_cache.free_kv_row(req.kv, [(start, end)])
+        return
+    row = tree_cache.req_to_token_pool.req_to_token[request_row(req)]
+    tree_cache.token_to_kv_pool_allocator.free_segment(row[start:end], start_pos=start)
+
+
+def request_row(req: Any) -> int:
+    """A running request's row of ``req_to_token``; SGLang 0.5.20 moved it."""
+    return req.req_pool_idx if hasattr(req, "req_pool_idx") else req.kv.req_pool_idx
+
+
+# The method that says how much of an ending request the radix tree may keep.
+KEPT_LEN_METHOD = "owned_kv_len" if hasattr(Req, "owned_kv_len") else "effective_kv_committed_len"
 
 
 def missing_hooks() -> list[str]:

@@ -52,11 +52,14 @@ class RequestState:
         request: What it asked for; None if it stays dense.
         num_layers: Layers of the model.
         num_dense_layers: How many of them attend to everything.
+        exact_len: Leading tokens whose keys and values are those of a dense run; None is all.
+            A token decoded sparsely has others from the second sparse layer on.
     """
 
     request: FasaRequest | None
     num_layers: int
     num_dense_layers: int
+    exact_len: int | None = None
     launched: deque[LaneStep | None] = field(default_factory=deque)
     sparse_steps: int = 0
     dense_steps: int = 0
@@ -115,11 +118,14 @@ def launch_step(batch: Any, config: FasaConfig, num_layers: int) -> list[LaneSte
         for state in states:
             state.launched.clear()
             state.launched.append(None)
+            state.exact_len = None
         return []
     lanes = []
     for req, state, seq_len in zip(batch.reqs, states, batch.seq_lens_cpu.tolist(), strict=True):
         sparse = state.request is not None and seq_len >= config.min_seq_len
         lane = LaneStep(state.request if sparse else None, seq_len, len(req.origin_input_ids))
         state.launched.append(lane)
+        if state.exact_len is None and lane.attended_len < seq_len:
+            state.exact_len = seq_len - 1
         lanes.append(lane)
     return lanes

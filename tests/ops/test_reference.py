@@ -1,0 +1,297 @@
+"""The float32 reference: FASA's algebra on awkward shapes.
+
+Slots that no request owns hold NaN, and so does slot 0, which padding points to: reading a token
+that is not there poisons the result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from fasa_sglang.ops import reference
+
+CASES = [
+    # seq_lens, num_kv_heads, group, head_dim
+    pytest.param((1,), 1, 1, 8, id="B1-L1-HKV1-G1-D8"),
+    pytest.param((17, 5, 64), 2, 3, 16, id="B3-L64-HKV2-G3-D16"),
+    pytest.param((63, 1, 2, 100), 3, 7, 32, id="B4-L100-HKV3-G7-D32"),
+    pytest.param((33, 48), 8, 4, 64, id="B2-L48-HKV8-G4-D64"),
+]
+
+
+@dataclass
+class Batch:
+    q: torch.Tensor
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+    slots: torch.Tensor
+    seq_lens: torch.Tensor
+
+    @property
+    def sm_scale(self) -> float:
+        return float(self.q.shape[-1] ** -0.5)
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.k_cache.shape[1]
+
+    def labels(self, dims: torch.Tensor) -> torch.Tensor:
+        return reference.pack_labels(self.k_cache, dims)
+
+
+def make_batch(
+    seq_lens: tuple[int, ...], num_kv_heads: int, group: int, head_dim: int, seed: int = 0
+) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    num_slots = 1 + sum(seq_lens) + 10
+    caches = torch.full((2, num_slots, num_kv_heads, head_dim), torch.nan)
+    permuted = torch.randperm(num_slots - 1, generator=generator) + 1
+    slots = torch.full((len(seq_lens), max(seq_lens)), 10**6, dtype=torch.int32)
+    for b, part in enumerate(permuted[: sum(seq_lens)].split(list(seq_lens))):
+        slots[b, : len(part)] = part
+        caches[:, part] = torch.randn(2, len(part), num_kv_heads, head_dim, generator=generator)
+    q = torch.randn(len(seq_lens), num_kv_heads * group, head_dim, generator=generator)
+    return Batch(q, caches[0], caches[1], slots, torch.tensor(seq_lens))
+
+
+def dense(batch: Batch) -> torch.Tensor:
+    """Full attention by torch's own operator, one request at a time."""
+    rows = []
+    for b, seq_len in enumerate(batch.seq_lens.tolist()):
+        chosen = batch.slots[b, :seq_len].long()
+        k, v = (cache[chosen].transpose(0, 1) for cache in (batch.k_cache, batch.v_cache))
+        out = torch.nn.functional.scaled_dot_product_attention(
+            batch.q[b, :, None], k, v, enable_gqa=True
+        )
+        rows.append(out[:, 0])
+    return torch.stack(rows)
+
+
+def first_dims(batch: Batch, num_dims: int) -> torch.Tensor:
+    """Different dims for every KV head: a rotated range."""
+    head_dim = batch.q.shape[-1]
+    return torch.stack(
+        [(torch.arange(num_dims) + 3 * h) % head_dim for h in range(batch.num_kv_heads)]
+    )
+
+
+@pytest.mark.parametrize("combine", reference.COMBINE_RULES)
+@pytest.mark.parametrize(("seq_lens", "num_kv_heads", "group", "head_dim"), CASES)
+@pytest.mark.parametrize("extra", [0, 1, 50])
+def test_fasa_decode_with_budget_of_at_least_the_length_is_dense(
+    seq_lens: tuple[int, ...], num_kv_heads: int, group: int, head_dim: int, combine: str, extra: int
+) -> None:
+    batch = make_batch(seq_lens, num_kv_heads, group, head_dim)
+    dims = first_dims(batch, 4)
+    out = reference.fasa_decode(
+        batch.q,
+        batch.k_cache,
+        batch.v_cache,
+        batch.labels(dims),
+        dims,
+        batch.slots,
+        batch.seq_lens,
+        budget=max(seq_lens) + extra,
+        sink=2,
+        recent=3,
+        sm_scale=batch.sm_scale,
+        combine=combine,
+    )
+    torch.testing.assert_close(out, dense(batch), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("seq_lens", "num_kv_heads", "group", "head_dim"), CASES)
+def test_token_importance_over_all_dims_is_the_mean_logit(
+    seq_lens: tuple[int, ...], num_kv_heads: int, group: int, head_dim: int
+) -> None:
+    batch = make_batch(seq_lens, num_kv_heads, group, head_dim)
+    dims = first_dims(batch, head_dim)
+    scores = reference.token_importance(
+        batch.q,
+        batch.labels(dims),
+        dims,
+        batch.slots,
+        batch.seq_lens,
+        sm_scale=batch.sm_scale,
+        combine="mean",
+    )
+    for b, seq_len in enumerate(seq_lens):
+        keys = batch.k_cache[batch.slots[b, :seq_len].long()]
+        queries = batch.q[b].unflatten(0, (num_kv_heads, group)).mean(dim=1)
+        expected = torch.einsum("hd,lhd->hl", queries, keys) * batch.sm_scale
+        torch.testing.assert_close(scores[b, :, :seq_len], expected, rtol=1e-4, atol=1e-5)
+        assert (scores[b, :, seq_len:] == -torch.inf).all()
+
+
+@pytest.mark.parametrize(("seq_lens", "num_kv_heads", "group", "head_dim"), CASES)
+def test_token_importance_reads_only_the_dominant_dims(
+    seq_lens: tuple[int, ...], num_kv_heads: int, group: int, head_dim: int
+) -> None:
+    batch = make_batch(seq_lens, num_kv_heads, group, head_dim)
+    dims = first_dims(batch, 4)
+    labels = batch.labels(dims)
+
+    def scores(q: torch.Tensor) -> torch.Tensor:
+        return reference.token_importance(
+            q, labels, dims, batch.slots, batch.seq_lens, sm_scale=1.0, combine="nrm"
+        )
+
+    changed = batch.q.unflatten(1, (num_kv_heads, group)).clone()
+    for h in range(num_kv_heads):
+        others = sorted(set(range(head_dim)) - set(dims[h].tolist()))
+        changed[:, h][..., others] = 1e3
+    assert torch.equal(scores(changed.flatten(1, 2)), scores(batch.q))
+
+
+def test_nrm_sums_peak_normalised_mass() -> None:
+    scores = torch.tensor([[[0.0, 1.0, -torch.inf], [5.0, 3.0, -torch.inf]]])
+    expected = [
+        [torch.tensor(-1.0).exp().item() + 1, 1 + torch.tensor(-2.0).exp().item(), -torch.inf]
+    ]
+    torch.testing.assert_close(reference.combine_group(scores, "nrm"), torch.tensor(expected))
+
+
+def test_unknown_combine_rule_is_refused() -> None:
+    with pytest.raises(ValueError, match="one of nrm, mean, got 'max'"):
+        reference.combine_group(torch.zeros(1, 2, 3), "max")
+
+
+@pytest.mark.parametrize(("seq_lens", "num_kv_heads", "group", "head_dim"), CASES)
+@pytest.mark.parametrize("combine", reference.COMBINE_RULES)
+def test_permuting_slots_changes_nothing(
+    seq_lens: tuple[int, ...], num_kv_heads: int, group: int, head_dim: int, combine: str
+) -> None:
+    batch = make_batch(seq_lens, num_kv_heads, group, head_dim)
+    dims = first_dims(batch, 6)
+    order = torch.cat([torch.tensor([0]), torch.randperm(len(batch.k_cache) - 1) + 1])
+    where = order.argsort()
+
+    def decode(permute: bool) -> torch.Tensor:
+        k, v = (c[order] if permute else c for c in (batch.k_cache, batch.v_cache))
+        inside = batch.slots < len(where)
+        slots = torch.where(inside, where[batch.slots.clamp(max=len(where) - 1).long()], 10**6)
+        return reference.fasa_decode(
+            batch.q,
+            k,
+            v,
+            reference.pack_labels(k, dims),
+            dims,
+            slots if permute else batch.slots,
+            batch.seq_lens,
+            budget=6,
+            sink=1,
+            recent=2,
+            sm_scale=batch.sm_scale,
+            combine=combine,
+        )
+
+    assert torch.equal(decode(permute=True), decode(permute=False))
+
+
+@pytest.mark.parametrize("budget", [4, 5, 16, 63, 64, 65])
+def test_select_tokens_keeps_sink_recent_and_the_best(budget: int) -> None:
+    seq_lens = torch.tensor([64, 3, 1, min(budget, 64)])
+    scores = torch.randn(4, 2, 64)
+    for b, seq_len in enumerate(seq_lens.tolist()):
+        scores[b, :, seq_len:] = -torch.inf
+    positions, lens = reference.select_tokens(scores, seq_lens, budget=budget, sink=1, recent=2)
+    for b, seq_len in enumerate(seq_lens.tolist()):
+        for h in range(2):
+            kept = positions[b, h, : lens[b, h]].tolist()
+            assert (positions[b, h, lens[b, h] :] == -1).all()
+            assert kept == sorted(set(kept))
+            assert len(kept) == min(budget, seq_len)
+            always = {0, *range(max(0, seq_len - 2), seq_len)}
+            assert always <= set(kept)
+            chosen = set(kept) - always
+            others = set(range(seq_len)) - set(kept)
+            if chosen and others:
+                assert min(scores[b, h, list(chosen)]) >= max(scores[b, h, list(others)])
+
+
+def test_select_tokens_breaks_ties_by_position() -> None:
+    positions, _ = reference.select_tokens(
+        torch.zeros(1, 1, 10), torch.tensor([10]), budget=5, sink=0, recent=1
+    )
+    assert positions.tolist() == [[[0, 1, 2, 3, 9]]]
+
+
+def test_full_prefix_comes_on_top_of_the_budget() -> None:
+    scores = torch.arange(20, dtype=torch.float32).flip(0).expand(2, 1, 20).contiguous()
+    positions, lens = reference.select_tokens(
+        scores,
+        torch.tensor([20, 20]),
+        budget=4,
+        sink=2,
+        recent=1,
+        full_prefix_lens=torch.tensor([8, 0]),
+    )
+    assert positions[0, 0].tolist() == [*range(8), 8, 9, 10, 19]
+    assert positions[1, 0, :4].tolist() == [0, 1, 2, 19]
+    assert lens.tolist() == [[12], [4]]
+
+
+def test_focused_attention_over_nothing_is_zero() -> None:
+    batch = make_batch((5,), 2, 2, 8)
+    out = reference.focused_attention(
+        batch.q,
+        batch.k_cache,
+        batch.v_cache,
+        batch.slots,
+        torch.full((1, 2, 3), -1),
+        sm_scale=batch.sm_scale,
+    )
+    assert torch.equal(out, torch.zeros_like(out))
+
+
+def test_oracle_ranks_by_summed_softmax_weight() -> None:
+    batch = make_batch((17, 5), 2, 3, 16)
+    scores = reference.oracle_importance(
+        batch.q, batch.k_cache, batch.slots, batch.seq_lens, sm_scale=batch.sm_scale
+    )
+    assert (scores[1, :, 5:] == -torch.inf).all()
+    # Weights of a head sum to one, so a group's sum to its size.
+    torch.testing.assert_close(scores[0].sum(dim=-1), torch.full((2,), 3.0))
+    keys = batch.k_cache[batch.slots[1, :5].long(), 1]
+    weights = (batch.q[1, 3:] @ keys.T * batch.sm_scale).softmax(dim=-1).sum(dim=0)
+    torch.testing.assert_close(scores[1, 1, :5], weights)
+
+
+def test_quest_bounds_every_token_and_ties_within_pages() -> None:
+    batch = make_batch((50, 16), 2, 1, 16)
+    scores = reference.quest_importance(
+        batch.q,
+        batch.k_cache,
+        batch.slots,
+        batch.seq_lens,
+        sm_scale=batch.sm_scale,
+        combine="mean",
+    )
+    for b, seq_len in enumerate((50, 16)):
+        keys = batch.k_cache[batch.slots[b, :seq_len].long()]
+        logits = torch.einsum("hd,lhd->hl", batch.q[b], keys) * batch.sm_scale
+        assert (scores[b, :, :seq_len] >= logits - 1e-5).all()
+        for page in scores[b, :, :seq_len].split(16, dim=-1):
+            assert (page == page[:, :1]).all()
+        assert (scores[b, :, seq_len:] == -torch.inf).all()
+
+
+def test_streaming_keeps_sink_and_the_newest() -> None:
+    seq_lens = torch.tensor([30, 12])
+    scores = reference.streaming_importance(seq_lens, 2, 30)
+    positions, _ = reference.select_tokens(scores, seq_lens, budget=6, sink=2, recent=1)
+    assert positions[0, 1].tolist() == [0, 1, 26, 27, 28, 29]
+    assert positions[1, 0].tolist() == [0, 1, 8, 9, 10, 11]
+
+
+def test_random_repeats_with_its_seed_only() -> None:
+    seq_lens = torch.tensor([100])
+    first, again, other = (
+        reference.random_importance(seq_lens, 2, 100, seed=seed) for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert not torch.equal(first[0, 0], first[0, 1])
