@@ -173,7 +173,9 @@ def _sample_positions(settings: CalibrationSettings) -> torch.Tensor:
     return (drawn + half).sort().values
 
 
-def _tokenize(tokenizer: Any, text: Text, settings: CalibrationSettings, model: Any) -> torch.Tensor:
+def _tokenize(
+    tokenizer: Any, text: Text, settings: CalibrationSettings, model: Any
+) -> torch.Tensor:
     context = getattr(model.config.get_text_config(), "max_position_embeddings", settings.tokens)
     if settings.tokens > context:
         raise CalibrationError(

@@ -57,7 +57,9 @@ def run(args: argparse.Namespace) -> None:
     )
     out = Path(args.out or f"{Path(args.model).name}.fasa.safetensors")
     if not out.parent.is_dir():
-        raise CalibrationError(f"cannot write {out}: there is no folder {out.parent}; make it first")
+        raise CalibrationError(
+            f"cannot write {out}: there is no folder {out.parent}; make it first"
+        )
     if args.text:
         text = corpus.text_file(args.text)
     elif args.dataset:

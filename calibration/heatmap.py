@@ -8,7 +8,7 @@ from fasa_sglang.dominant_fcs import DominantFCs
 
 
 def save_heatmap(dominant: DominantFCs, path: str | Path) -> None:
-    """Draw layers × frequency chunks, the ranker's value averaged over the KV heads, as PNG."""
+    """Draw layers by frequency chunks, the ranker's value averaged over the KV heads, as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -115,7 +115,8 @@ class DominantFCs:
         num_chunks = self.ranking.shape[-1]
         if not 1 <= num_fcs <= num_chunks:
             raise CalibrationError(
-                f"num_fcs must be from 1 to the model's {num_chunks} frequency chunks, got {num_fcs}"
+                f"num_fcs must be from 1 to the model's {num_chunks} frequency chunks, got "
+                f"{num_fcs}"
             )
         return self.model.rope.chunk_dims()[self.ranking[..., :num_fcs].long()].flatten(-2)
 
@@ -237,7 +238,9 @@ class DominantFCs:
                     f"expected {shape} and {dtype}; {again}"
                 )
             if not torch.isfinite(tensor).all():
-                raise CalibrationError(f"{path} holds {name} with values that are not finite; {again}")
+                raise CalibrationError(
+                    f"{path} holds {name} with values that are not finite; {again}"
+                )
         permutation = torch.arange(chunks, dtype=torch.int16).expand(*heads, -1)
         if not torch.equal(self.ranking.sort(dim=-1).values, permutation):
             raise CalibrationError(

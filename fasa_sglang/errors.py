@@ -1,4 +1,4 @@
-"""Errors a user can cause. Each message says what, what was expected, what came, and the way out."""
+"""Errors a user can cause. Each message says what, expected, got, and the way out."""
 
 
 class FasaError(Exception):

@@ -87,7 +87,9 @@ def parse_request(
 def _integer(minimum: int) -> Any:
     def parse(name: str, value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise RequestError(f"{name} must be an integer of at least {minimum}, got {value!r:.80}")
+            raise RequestError(
+                f"{name} must be an integer of at least {minimum}, got {value!r:.80}"
+            )
         return value
 
     return parse

@@ -61,7 +61,7 @@ class RopeLayout:
     def __post_init__(self) -> None:
         if self.head_dim % 2 or self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
             raise UnsupportedModelError(
-                "frequency chunks need an even head_dim and an even rotary_dim of at most head_dim, "
+                "frequency chunks need an even head_dim and an even rotary_dim within it, "
                 f"got head_dim {self.head_dim} and rotary_dim {self.rotary_dim}; "
                 "serve this model with another attention backend"
             )
@@ -109,14 +109,14 @@ def rope_layout_from_config(config: Any, interleaved: bool | None = None) -> Rop
     if theta is None:
         raise UnsupportedModelError(
             f"model type {model_type!r} has no rotary position embedding (no rope_theta in its "
-            "config), and FASA selects by RoPE's frequencies; serve it with another attention backend"
+            "config), and FASA selects by RoPE's frequencies; use another attention backend"
         )
     if interleaved is None:
         if model_type not in ROPE_INTERLEAVED:
             raise UnsupportedModelError(
                 f"the rotary layout of model type {model_type!r} is not known, expected one of "
-                f"{', '.join(sorted(ROPE_INTERLEAVED))}; if you know it, pass --rope-layout neox or "
-                "--rope-layout interleaved to fasa calibrate"
+                f"{', '.join(sorted(ROPE_INTERLEAVED))}; if you know it, pass "
+                "--rope-layout neox or --rope-layout interleaved to fasa calibrate"
             )
         interleaved = ROPE_INTERLEAVED[model_type]
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -73,7 +73,12 @@ def test_dims_refuses_chunks_that_are_not_there(num_fcs: int) -> None:
 
 @pytest.mark.parametrize(
     ("tp_size", "expected"),
-    [(1, [[0, 1, 2, 3]]), (2, [[0, 1], [2, 3]]), (4, [[0], [1], [2], [3]]), (8, [[h // 2] for h in range(8)])],
+    [
+        (1, [[0, 1, 2, 3]]),
+        (2, [[0, 1], [2, 3]]),
+        (4, [[0], [1], [2], [3]]),
+        (8, [[h // 2] for h in range(8)]),
+    ],
     ids=lambda value: str(value) if isinstance(value, int) else "",
 )
 def test_for_rank_deals_out_heads_as_sglang_does(tp_size: int, expected: list[list[int]]) -> None:

@@ -79,7 +79,9 @@ def test_servers_default_decides_for_requests_that_do_not_ask(
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 keys = st.sampled_from(["budget", "sink", "recent", "prefix", "prune", "budjet"])

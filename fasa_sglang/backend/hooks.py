@@ -170,7 +170,11 @@ HOOKS = (
         reserve_label_bytes,
         HookType.AROUND,
     ),
-    Hook(f"sglang.srt.managers.schedule_batch.Req.{KEPT_LEN_METHOD}", keep_exact_prefix, HookType.AFTER),
+    Hook(
+        f"sglang.srt.managers.schedule_batch.Req.{KEPT_LEN_METHOD}",
+        keep_exact_prefix,
+        HookType.AFTER,
+    ),
     Hook(
         "sglang.srt.mem_cache.common._release_overallocated_kv_indices",
         free_inexact_tail,

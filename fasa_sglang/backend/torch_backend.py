@@ -153,9 +153,7 @@ class FasaTorchAttnBackend(TorchNativeAttnBackend):
         """Rank the tokens with the configured selector, ``[1, HKV, L]``."""
         selector, combine = self.config.selector, self.config.combine
         if selector == "oracle":
-            return reference.oracle_importance(
-                q, k_cache, slots, seq_lens, sm_scale=layer.scaling
-            )
+            return reference.oracle_importance(q, k_cache, slots, seq_lens, sm_scale=layer.scaling)
         if selector == "quest":
             return reference.quest_importance(
                 q, k_cache, slots, seq_lens, sm_scale=layer.scaling, combine=combine

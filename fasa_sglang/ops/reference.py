@@ -146,7 +146,7 @@ def streaming_importance(seq_lens: torch.Tensor, num_kv_heads: int, longest: int
 def random_importance(
     seq_lens: torch.Tensor, num_kv_heads: int, longest: int, *, seed: int
 ) -> torch.Tensor:
-    """Chance, the null baseline. ``[B, HKV, L]`` as ``token_importance``; same seed, same tokens."""
+    """Chance, the null baseline, the same for a seed. ``[B, HKV, L]`` as ``token_importance``."""
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(len(seq_lens), num_kv_heads, longest, generator=generator)
     return _mask_past_end(scores.to(seq_lens.device), seq_lens)
@@ -178,7 +178,7 @@ def select_tokens(
 
     Source: FASA's top-k, https://arxiv.org/abs/2602.03152; sink and recent are ours.
     """
-    batch_size, num_kv_heads, longest = scores.shape
+    batch_size, num_kv_heads, _ = scores.shape
     rows = []
     for b in range(batch_size):
         seq_len = int(seq_lens[b])

@@ -1,4 +1,4 @@
-"""Entry point of SGLang's platform group: the CPU platform that FASA's reference backend runs on."""
+"""Entry point of SGLang's platform group: the CPU platform for FASA's reference backend."""
 
 from __future__ import annotations
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import divergence, generate
 from transformers import AutoTokenizer
 
 from fasa_sglang.calibration import corpus
 from fasa_sglang.workloads.engine import running_engine
+from serving import divergence, generate
 
 SERVER = {"chunked_prefill_size": 512, "max_total_tokens": 40000}
 
@@ -44,14 +44,15 @@ def test_off_and_covering_budgets_equal_torch_native(
     asked: list[Any] = [None, False, {"budget": 8192}, {"budget": 8192, "prefix": "full"}]
     asked += [{"budget": 64}, {"budget": 100, "sink": 0, "recent": 8}]
     # Every prompt off, covered and sparse; which variant of each goes round.
-    requests = [
-        (i, asked[2 * kind + (i + kind) % 2]) for i in range(count) for kind in range(3)
-    ]
+    requests = [(i, asked[2 * kind + (i + kind) % 2]) for i in range(count) for kind in range(3)]
     random.Random(0).shuffle(requests)
     settings = {"calibration": smollm2_calibration, "min_seq_len": 0, "max_budget": 8192}
     with running_engine(smollm2_path, settings, **SERVER) as engine:
         got = generate(
-            engine, [prompts[i] for i, _ in requests], [fasa for _, fasa in requests], max_new_tokens
+            engine,
+            [prompts[i] for i, _ in requests],
+            [fasa for _, fasa in requests],
+            max_new_tokens,
         )
     problems = []
     sparse_differs = 0

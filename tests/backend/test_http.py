@@ -48,7 +48,12 @@ def server(
     tiny_path: Path, tiny_calibration: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[str]:
     port = free_port()
-    settings = {"calibration": tiny_calibration, "min_seq_len": 0, "max_budget": 1024, "budget": 128}
+    settings = {
+        "calibration": tiny_calibration,
+        "min_seq_len": 0,
+        "max_budget": 1024,
+        "budget": 128,
+    }
     log = tmp_path_factory.mktemp("server") / "log"
     with log.open("w") as out:
         process = subprocess.Popen(

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import divergence, generate
 
 from fasa_sglang.workloads.engine import running_engine
+from serving import divergence, generate
 
 FASA = [None, {"budget": 40}, {"budget": 60, "sink": 0}, {"budget": 40, "prefix": "full"}, True]
 
@@ -26,7 +26,9 @@ def engine(tiny_path: Path, tiny_calibration: str) -> Iterator[Any]:
 
 def conversation(generator: random.Random, system_prompts: list[list[int]]) -> list[list[int]]:
     """New tokens of each turn; the first begins with a system prompt that others share."""
-    turns = [[generator.randrange(3, 49152) for _ in range(generator.randint(5, 60))] for _ in "abcd"]
+    turns = [
+        [generator.randrange(3, 49152) for _ in range(generator.randint(5, 60))] for _ in "abcd"
+    ]
     turns[0] = generator.choice(system_prompts) + turns[0]
     return turns[: generator.randint(2, 4)]
 
@@ -89,7 +91,7 @@ def test_sparse_replies_stay_out_of_the_tree_and_dense_ones_enter(engine: Any) -
 
 def test_pool_is_whole_after_sparse_requests_finish_and_abort(engine: Any) -> None:
     """Withheld slots are freed exactly once: SGLang's own idle check would kill the server."""
-    prompts = [[1000 + i] + list(range(10, 80)) for i in range(8)]
+    prompts = [[1000 + i, *list(range(10, 80))] for i in range(8)]
     for length in (1, 2, 30):
         generate(engine, prompts, [{"budget": 40}] * 8, length)
     stream = engine.generate(
@@ -109,7 +111,7 @@ def test_pool_is_whole_after_sparse_requests_finish_and_abort(engine: Any) -> No
 def test_retracted_requests_answer_as_if_alone(tiny_path: Path, tiny_calibration: str) -> None:
     """A pool too small for all: SGLang takes requests back and prefills them again, densely."""
     settings = {"calibration": tiny_calibration, "min_seq_len": 0}
-    prompts = [[500 + i] + list(range(20, 90 + 3 * i)) for i in range(6)]
+    prompts = [[500 + i, *list(range(20, 90 + 3 * i))] for i in range(6)]
     asked = [None, {"budget": 4096}, None, {"budget": 40}, {"budget": 4096}, None]
     with running_engine(
         tiny_path,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from test_http import free_port, server_command, server_environment
 
 
@@ -21,9 +22,9 @@ def paths(
     from transformers import GPT2Config, GPT2LMHeadModel
 
     folder = tmp_path_factory.mktemp("refusals")
-    GPT2LMHeadModel(
-        GPT2Config(n_layer=2, n_head=2, n_embd=64, vocab_size=49152)
-    ).save_pretrained(folder / "gpt2")
+    GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=64, vocab_size=49152)).save_pretrained(
+        folder / "gpt2"
+    )
     for file in tiny_path.glob("token*"):
         (folder / "gpt2" / file.name).write_bytes(file.read_bytes())
     truncated = folder / "truncated.safetensors"

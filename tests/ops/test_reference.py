@@ -82,7 +82,12 @@ def first_dims(batch: Batch, num_dims: int) -> torch.Tensor:
 @pytest.mark.parametrize(("seq_lens", "num_kv_heads", "group", "head_dim"), CASES)
 @pytest.mark.parametrize("extra", [0, 1, 50])
 def test_fasa_decode_with_budget_of_at_least_the_length_is_dense(
-    seq_lens: tuple[int, ...], num_kv_heads: int, group: int, head_dim: int, combine: str, extra: int
+    seq_lens: tuple[int, ...],
+    num_kv_heads: int,
+    group: int,
+    head_dim: int,
+    combine: str,
+    extra: int,
 ) -> None:
     batch = make_batch(seq_lens, num_kv_heads, group, head_dim)
     dims = first_dims(batch, 4)

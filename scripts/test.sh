@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# ruff, mypy and pytest. Does all the set-up it needs on a machine with Python 3.11 or newer.
+#   bash scripts/test.sh          slow tests run a small draw
+#   bash scripts/test.sh --all    slow tests run in full (about an hour on two cores)
+# Other arguments go to pytest.
+cd "$(dirname "$0")/.."
+. scripts/environment.sh
+ruff check .
+ruff format --check .
+# From elsewhere, so that mypy sees the installed package and not half of it in the checkout.
+(cd "$FASA_VENV" && mypy --config-file "$OLDPWD/pyproject.toml" -p fasa_sglang)
+exec pytest "$@"
