@@ -31,7 +31,7 @@ class FasaConfig:
         budget: Tokens attended per (request, KV head) and step, unless the request says.
         max_budget: Largest budget a request may ask for, in tokens.
         sink: First tokens that are always attended; inside the budget.
-        recent: Last tokens that are always attended, the current one among them; inside the budget.
+        recent: Last tokens that are always attended, the current one first; inside the budget.
         num_fcs: Frequency chunks read per KV head; None takes the calibration's number.
         combine: How the scores of a group's query heads become one score per KV head: ``nrm``
             sums exp(score - the head's maximum), ``mean`` averages the raw scores.
@@ -69,7 +69,7 @@ class FasaConfig:
             raise ConfigError(f"calibration must be a path, got {self.calibration!r}")
         minimums = {
             "sink": 0,
-            "recent": 1,
+            "recent": 0,
             "num_dense_layers": 0,
             "min_seq_len": 0,
             "seed": 0,

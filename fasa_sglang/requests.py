@@ -61,7 +61,7 @@ def parse_request(
     parsers = {
         "budget": _integer(minimum=1),
         "sink": _integer(minimum=0),
-        "recent": _integer(minimum=1),
+        "recent": _integer(minimum=0),
         "prefix": _one_of(PREFIX_MODES),
         "prune": _one_of(("off",)),
     }

@@ -37,7 +37,7 @@ def test_environment_may_name_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         ({"budget": 5000}, "max_budget = 4096 tokens, got 5000"),
         ({"budget": 2048.0}, "budget must be an integer"),
         ({"budget": True}, "budget must be an integer"),
-        ({"recent": 0}, "recent must be an integer of at least 1, got 0"),
+        ({"recent": -1}, "recent must be an integer of at least 0, got -1"),
         ({"num_fcs": 0}, "num_fcs must be an integer of at least 1, got 0"),
         ({"num_fcs": "8"}, "num_fcs must be an integer"),
         ({"selector": "best"}, "selector must be one of fasa, oracle, .*got 'best'"),

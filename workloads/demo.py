@@ -160,6 +160,8 @@ def _second_turn(
 
 
 def _ids(tokenizer: Any, conversation: list[dict[str, str]]) -> list[int]:
+    if tokenizer.chat_template is None:
+        return tokenizer("\n\n".join(turn["content"] for turn in conversation) + "\n").input_ids
     text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False).input_ids
 
