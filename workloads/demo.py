@@ -20,7 +20,7 @@ from fasa_sglang.calibration import corpus
 from fasa_sglang.calibration.calibrate import CalibrationSettings, calibrate, load_model
 from fasa_sglang.calibration.command import progress_bar
 from fasa_sglang.errors import FasaError
-from fasa_sglang.workloads.engine import running_engine
+from fasa_sglang.workloads.engine import flush_cache, running_engine
 from fasa_sglang.workloads.forced import agreement, forced_request
 from fasa_sglang.workloads.models import cache_dir, smollm2
 
@@ -152,7 +152,7 @@ def _second_turn(
     for name in (f"turn 2, FASA {budget}", f"turn 2, FASA {budget}, cold"):
         if name.endswith("cold"):
             log.print("asking the second question again with the prefix cache flushed")
-            engine.flush_cache()
+            flush_cache(engine)
         row = _ask(engine, tokenizer, conversation, name, {"fasa": {"budget": budget}})
         del row["output_ids"]
         rows.append({**row, "top1_agreement": None})
@@ -226,6 +226,10 @@ def _judge(rows: list[dict[str, Any]]) -> None:
     if not warm["cached_tokens"]:
         raise FasaError(
             "the second turn found nothing in the prefix cache; expected the first turn"
+        )
+    if cold["cached_tokens"]:
+        raise FasaError(
+            f"the cold run found {cold['cached_tokens']} tokens in the prefix cache; expected none"
         )
     if warm["answer"] != cold["answer"]:
         raise FasaError(

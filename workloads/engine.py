@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fasa_sglang.errors import FasaError
 from fasa_sglang.platforms import PLATFORM_NAME
 
 # Neither the torch backend nor a CPU can capture graphs.
@@ -61,3 +63,22 @@ def running_engine(
         yield engine
     finally:
         engine.shutdown()
+
+
+def flush_cache(engine: Any, timeout_sec: float = 10.0) -> None:
+    """Empty the prefix cache of an engine that has nothing to do.
+
+    Under overlap scheduling a reply arrives one step before the scheduler is idle, and SGLang
+    refuses to flush until then.
+
+    Raises:
+        FasaError: The engine did not become idle in time.
+    """
+    deadline = time.monotonic() + timeout_sec
+    while not engine.flush_cache().success:
+        if time.monotonic() > deadline:
+            raise FasaError(
+                f"the engine was still busy after {timeout_sec} s, expected it idle; wait for all "
+                "replies before flushing the prefix cache"
+            )
+        time.sleep(0.01)
