@@ -12,12 +12,12 @@ find_python() {
   local candidate
   for candidate in "${PYTHON:-}" python3 python3.11 python3.12 python3.13; do
     if [ -n "$candidate" ] && "$candidate" -c \
-      'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+      'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
       echo "$candidate"
       return
     fi
   done
-  echo "Python 3.11, 3.12 or 3.13 is needed and none was found; set PYTHON to one" >&2
+  echo "Python 3.11 or newer is needed and none was found; set PYTHON to one" >&2
   return 1
 }
 

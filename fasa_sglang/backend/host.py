@@ -19,7 +19,10 @@ FLAGS: dict[str, tuple[Any, str]] = {
     "enable_hierarchical_cache": (False, "it loads keys that have no label"),
     "disaggregation_mode": ("null", "transferred keys have no label"),
     "enable_two_batch_overlap": (False, "it splits the batch behind the backend"),
+    "dcp_size": (1, "each rank holds a part of a request's keys"),
+    "attn_cp_size": (1, "each rank holds a part of a request's keys"),
     "enable_pdmux": (False, "it splits the batch behind the backend"),
+    "tokenizer_worker_num": (1, "SGLang loads no plugin in the workers that would check requests"),
     "enable_memory_saver": (False, "the label cache would survive a released KV pool"),
 }
 
@@ -34,7 +37,7 @@ def require_supported_host(runner: Any) -> None:
     args = runner.server_args
     for name, (needed, why) in FLAGS.items():
         got = getattr(args, name, needed)
-        if (got or None) != (needed or None):
+        if got not in (None, needed):
             raise UnsupportedHostError(
                 f"FASA does not work with {name}={got!r} ({why}); expected {needed!r}, or another "
                 "attention backend"

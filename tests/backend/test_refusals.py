@@ -85,6 +85,13 @@ CASES: dict[str, tuple[str, dict[str, Any] | None, tuple[str, ...], dict[str, st
         {},
         "FASA does not work with enable_mixed_chunk=True",
     ),
+    "unchecked-requests": (
+        "tiny",
+        {"calibration": "{own}"},
+        ("--tokenizer-worker-num", "2"),
+        {},
+        "FASA does not work with tokenizer_worker_num=2",
+    ),
     "another-prefill-backend": (
         "tiny",
         {"calibration": "{own}"},

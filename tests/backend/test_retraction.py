@@ -9,9 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from serving import divergence, generate
 
 from fasa_sglang.workloads.engine import running_engine
+from serving import divergence, generate
 
 
 @pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "no-overlap"])
