@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-MAPPED = {"calibration": "fasa_sglang.calibration", "workloads": "fasa_sglang.workloads"}
+MAPPED = {
+    folder: f"fasa_sglang.{folder}" for folder in ("calibration", "flashinfer_ext", "workloads")
+}
 # Heavy packages, and the only places that may import them.
 ALLOWED = {
     "sglang": (
@@ -20,14 +22,15 @@ ALLOWED = {
         "fasa_sglang.workloads.engine",
         "fasa_sglang.workloads.forced",
     ),
-    "flashinfer": (),
+    "flashinfer": ("fasa_sglang.flashinfer_ext",),
+    "triton": ("fasa_sglang.ops",),
     "transformers": (
         "fasa_sglang.calibration",
         "fasa_sglang.doctor",
         "fasa_sglang.workloads.models",
     ),
     "datasets": ("fasa_sglang.calibration.corpus",),
-    "matplotlib": ("fasa_sglang.calibration.heatmap",),
+    "matplotlib": ("fasa_sglang.calibration.heatmap", "fasa_sglang.workloads.bench_ops"),
     # The calibration and the workloads meet the server only through files and requests.
     "fasa_sglang.backend": ("fasa_sglang.backend", "fasa_sglang.plugin", "fasa_sglang.doctor"),
     "fasa_sglang.calibration": ("fasa_sglang.calibration", "fasa_sglang.workloads"),

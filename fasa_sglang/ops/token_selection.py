@@ -1,0 +1,310 @@
+"""Exact top-k per (request, KV head) on the GPU, written as the indices that attention reads.
+
+A row's threshold is first guessed from a sample of its scores, on the low side. One pass over the
+row then collects all that reach the guess, somewhat more than the budget, and one thread block per
+row settles the exact set among them. Blocks share long rows, which FlashInfer's top-k gives to one
+block each, and every row may have its own budget.
+
+The guess decides only how fast it goes. Where it was too high (about once in a million rows), or
+so low that too many tokens reach it (a row of ties), the last step ranks the whole row.
+Reference: ``ops.reference.select_tokens``.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fasa_sglang.ops.token_importance import ScoreBuffers, _order_key
+
+NUM_BINS = 128
+# The guess looks at one score in so many of the longest row, in groups of one 32-byte sector;
+# at no fewer and no more than so many.
+SAMPLED = 16
+SMALLEST_SAMPLE, LARGEST_SAMPLE = 2048, 8192
+SECTOR = 8
+# Standard deviations by which the guess errs on the low side.
+CAUTION = 5.0
+# Candidates a row has room for, and how many of them the last step holds in registers.
+CAPACITY = 16384
+IN_REGISTERS = 4096
+# A tile of one warp, whose scan needs no barrier.
+BLOCK_TOKENS = 512
+MANY_ROWS = 256
+
+
+@triton.jit
+def _guess_kernel(
+    scores_ptr,
+    seq_lens_ptr,
+    budgets_ptr,
+    sinks_ptr,
+    recents_ptr,
+    guesses_ptr,
+    scores_stride,
+    H: tl.constexpr,
+    NB: tl.constexpr,
+    SAMPLE: tl.constexpr,
+    SECTOR: tl.constexpr,
+    CAUTION: tl.constexpr,
+):
+    """A score that surely enough tokens of a row reach, and few more."""
+    i_r = tl.program_id(0)
+    i_b = i_r // H
+    seq_len, budget = tl.load(seq_lens_ptr + i_b), tl.load(budgets_ptr + i_b)
+    if seq_len <= budget:
+        return
+    sink, recent = tl.load(sinks_ptr + i_b), tl.load(recents_ptr + i_b)
+    stride = tl.cdiv(seq_len, SAMPLE)
+    o_i = tl.arange(0, SAMPLE)
+    o_t = (o_i // SECTOR) * (SECTOR * stride) + o_i % SECTOR
+    m_free = (o_t >= sink) & (o_t < seq_len - recent)
+    b_score = tl.load(
+        scores_ptr + i_r.to(tl.int64) * scores_stride + o_t, mask=m_free, other=float("-inf")
+    )
+    high = tl.max(b_score, axis=0)
+    low = tl.min(tl.where(m_free, b_score, high), axis=0)
+    width = tl.maximum((high - low) / NB, 1e-30)
+    b_bin = tl.minimum(((tl.where(m_free, b_score, low) - low) / width).to(tl.int32), NB - 1)
+    b_count = tl.histogram(b_bin, NB, mask=m_free)
+    b_reach = tl.sum(b_count, axis=0) - tl.cumsum(b_count, axis=0) + b_count
+    # So many of the sample are expected among the best; their number varies like a Poisson's.
+    share = (budget - sink - recent) * tl.sum(m_free.to(tl.float32), axis=0)
+    share = share / tl.maximum(seq_len - sink - recent, 1)
+    enough = share + CAUTION * tl.sqrt(share)
+    bin = tl.sum((b_reach >= enough).to(tl.int32), axis=0) - 1
+    tl.store(guesses_ptr + i_r, tl.where(bin <= 0, float("-inf"), low + width * bin))
+
+
+@triton.jit
+def _collect_kernel(
+    scores_ptr,
+    seq_lens_ptr,
+    budgets_ptr,
+    sinks_ptr,
+    recents_ptr,
+    guesses_ptr,
+    counts_ptr,
+    positions_ptr,
+    scores_stride,
+    H: tl.constexpr,
+    BT: tl.constexpr,
+    CAPACITY: tl.constexpr,
+):
+    i_s, i_r = tl.program_id(0), tl.program_id(1)
+    i_b = i_r // H
+    seq_len, budget = tl.load(seq_lens_ptr + i_b), tl.load(budgets_ptr + i_b)
+    if (seq_len <= budget) | (i_s * BT >= seq_len):
+        return
+    sink, recent = tl.load(sinks_ptr + i_b), tl.load(recents_ptr + i_b)
+    guess = tl.load(guesses_ptr + i_r)
+    p_row = scores_ptr + i_r.to(tl.int64) * scores_stride
+    offset = i_r.to(tl.int64) * CAPACITY
+    for i_t in range(i_s, tl.cdiv(seq_len, BT), tl.num_programs(0)):
+        o_t = i_t * BT + tl.arange(0, BT)
+        m_free = (o_t >= sink) & (o_t < seq_len - recent)
+        b_score = tl.load(p_row + o_t, mask=m_free, other=0.0)
+        b_in = (m_free & (b_score >= guess)).to(tl.int32)
+        num_in = tl.sum(b_in, axis=0)
+        if num_in > 0:
+            start = tl.atomic_add(counts_ptr + i_r, num_in, sem="relaxed")
+            b_place = start + tl.cumsum(b_in, axis=0) - b_in
+            m_in = (b_in == 1) & (b_place < CAPACITY)
+            tl.store(positions_ptr + offset + b_place, o_t, mask=m_in)
+
+
+@triton.jit
+def _bisect(lower, upper, middle, reach, wanted):
+    """Narrow the search; an exact fit ends it, for then there is no tie to break."""
+    below = tl.where(reach > wanted, upper, tl.where(reach == wanted, middle, middle - 1))
+    return tl.where(reach >= wanted, middle, lower), below
+
+
+@triton.jit
+def _ranked_tokens(p_row, p_position, o_c, num, first, whole):
+    """Positions and order keys of some candidates; of all free tokens if ``whole``."""
+    m_c = o_c < num
+    b_pos = first + o_c
+    if whole == 0:
+        b_pos = tl.load(p_position + o_c, mask=m_c, other=0)
+    return m_c, b_pos, _order_key(tl.load(p_row + b_pos, mask=m_c, other=0.0))
+
+
+@triton.jit
+def _settle_kernel(
+    scores_ptr,
+    slots_ptr,
+    seq_lens_ptr,
+    budgets_ptr,
+    sinks_ptr,
+    recents_ptr,
+    counts_ptr,
+    positions_ptr,
+    indices_ptr,
+    scores_stride,
+    slots_stride,
+    indices_stride,
+    H: tl.constexpr,
+    NC: tl.constexpr,
+    NK: tl.constexpr,
+    CAPACITY: tl.constexpr,
+):
+    i_r = tl.program_id(0)
+    i_b, i_h = i_r // H, i_r % H
+    seq_len, budget = tl.load(seq_lens_ptr + i_b), tl.load(budgets_ptr + i_b)
+    sink, recent = tl.load(sinks_ptr + i_b), tl.load(recents_ptr + i_b)
+    count = tl.load(counts_ptr + i_r)
+    p_row = scores_ptr + i_r.to(tl.int64) * scores_stride
+    p_slot = slots_ptr + i_b.to(tl.int64) * slots_stride
+    p_index = indices_ptr + i_r.to(tl.int64) * indices_stride
+    p_position = positions_ptr + i_r.to(tl.int64) * CAPACITY
+    # Every load that depends on nothing else is under way before the first is needed.
+    o_c = tl.arange(0, NC)
+    m_c = o_c < tl.minimum(count, NC)
+    b_pos = tl.load(p_position + o_c, mask=m_c, other=0)
+    b_key = _order_key(tl.load(p_row + b_pos, mask=m_c, other=0.0))
+    # The tokens that need no ranking: sink and recent, or all of a short row.
+    short = seq_len <= budget
+    num_kept = tl.where(short, seq_len, sink + recent)
+    for i_k in range(0, tl.cdiv(num_kept, NK)):
+        o_k = i_k * NK + tl.arange(0, NK)
+        b_kept = tl.where(short | (o_k < sink), o_k, seq_len - recent + o_k - sink)
+        b_slot = tl.load(p_slot + b_kept, mask=o_k < num_kept, other=0)
+        tl.store(p_index + o_k, b_slot * H + i_h, mask=o_k < num_kept)
+    wanted, written = budget - sink - recent, sink + recent
+    enough = (count >= wanted) & (count <= CAPACITY)
+    if (short == 0) & enough & (count <= NC):
+        # Bisect for the greatest key that at least `wanted` candidates reach.
+        lower = tl.min(tl.where(m_c, b_key, 0x7FFFFFFF), axis=0).to(tl.int64)
+        upper = tl.max(tl.where(m_c, b_key, -0x7FFFFFFF - 1), axis=0).to(tl.int64)
+        while lower < upper:
+            middle = lower + (upper - lower + 1) // 2
+            reach = tl.sum((m_c & (b_key >= middle)).to(tl.int32), axis=0)
+            lower, upper = _bisect(lower, upper, middle, reach, wanted)
+        # Ties are counted in the upper half of the word, so that one scan serves both.
+        b_above, b_tie = m_c & (b_key > lower), m_c & (b_key == lower)
+        b_one = b_above.to(tl.int32) + (b_tie.to(tl.int32) << 16)
+        b_scan = tl.cumsum(b_one, axis=0) - b_one
+        num_above = tl.sum(b_above.to(tl.int32), axis=0)
+        b_place = tl.where(b_above, b_scan & 0xFFFF, num_above + (b_scan >> 16))
+        m_won = b_above | (b_tie & (b_place < wanted))
+        b_slot = tl.load(p_slot + b_pos, mask=m_won, other=0)
+        tl.store(p_index + written + b_place, b_slot * H + i_h, mask=m_won)
+    if (short == 0) & ((enough == 0) | (count > NC)):
+        whole = enough == 0
+        num = tl.where(whole, seq_len - sink - recent, count)
+        lower = tl.full([], -0x7FFFFFFF - 1, tl.int64)
+        upper = tl.full([], 0x7FFFFFFF, tl.int64)
+        while lower < upper:
+            middle = lower + (upper - lower + 1) // 2
+            reach = 0
+            for i_t in range(0, tl.cdiv(num, NC)):
+                m_t, b_pos_t, b_key_t = _ranked_tokens(
+                    p_row, p_position, i_t * NC + o_c, num, sink, whole
+                )
+                reach += tl.sum((m_t & (b_key_t >= middle)).to(tl.int32), axis=0)
+            lower, upper = _bisect(lower, upper, middle, reach, wanted)
+        # All above the key first, then as many ties as still fit.
+        for ties in range(2):
+            for i_t in range(0, tl.cdiv(num, NC)):
+                m_t, b_pos_t, b_key_t = _ranked_tokens(
+                    p_row, p_position, i_t * NC + o_c, num, sink, whole
+                )
+                b_won = (m_t & tl.where(ties == 1, b_key_t == lower, b_key_t > lower)).to(tl.int32)
+                b_place_t = written + tl.cumsum(b_won, axis=0) - b_won
+                m_won_t = (b_won == 1) & (b_place_t < budget)
+                b_slot_t = tl.load(p_slot + b_pos_t, mask=m_won_t, other=0)
+                tl.store(p_index + b_place_t, b_slot_t * H + i_h, mask=m_won_t)
+                written += tl.sum(b_won, axis=0)
+    # As the next layer's collecting expects it.
+    tl.store(counts_ptr + i_r, 0)
+
+
+class SelectionBuffers:
+    """Scratch of the selection, for as many rows as ``scores`` has."""
+
+    def __init__(self, scores: ScoreBuffers) -> None:
+        rows, device = scores.scores.shape[0], scores.scores.device
+        self.guesses = torch.empty(rows, dtype=torch.float32, device=device)
+        self.counts = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.positions = torch.empty(rows, CAPACITY, dtype=torch.int32, device=device)
+
+
+def select_tokens(
+    scores: ScoreBuffers,
+    slots: torch.Tensor,
+    seq_lens: torch.Tensor,
+    budgets: torch.Tensor,
+    sinks: torch.Tensor,
+    recents: torch.Tensor,
+    buffers: SelectionBuffers,
+    indices: torch.Tensor,
+    num_kv_heads: int,
+) -> None:
+    """Write the best tokens of every row as rows of the KV pool seen head by head.
+
+    Nothing is allocated and nothing synchronises.
+
+    Args:
+        scores: What ``token_importance`` left.
+        slots: Position to slot, ``[B, >= longest]``, int32.
+        seq_lens: Tokens of each request, ``[B]``, int32.
+        budgets: Tokens to keep, sink and recent among them, ``[B]``, int32; more than
+            ``sinks + recents``, at most ``indices.shape[1]``.
+        sinks: First tokens that are always kept, ``[B]``, int32.
+        recents: Last tokens that are always kept, ``[B]``, int32.
+        buffers: Scratch.
+        indices: Receives ``slot * num_kv_heads + kv_head`` of the kept tokens, in no order,
+            ``[B * HKV, K]``, int32. Entries from ``min(budget, seq_len)`` on keep what they held.
+        num_kv_heads: KV heads of this rank.
+
+    Reference: :func:`fasa_sglang.ops.reference.select_tokens`.
+    """
+    rows = len(seq_lens) * num_kv_heads
+    longest = scores.scores.shape[1]
+    lengths = (seq_lens, budgets, sinks, recents)
+    sample = triton.next_power_of_2(longest // SAMPLED)
+    _guess_kernel[(rows,)](
+        scores.scores,
+        *lengths,
+        buffers.guesses,
+        scores.scores.stride(0),
+        H=num_kv_heads,
+        NB=NUM_BINS,
+        SAMPLE=min(max(sample, SMALLEST_SAMPLE), LARGEST_SAMPLE),
+        SECTOR=SECTOR,
+        CAUTION=CAUTION,
+        num_warps=8 if rows <= MANY_ROWS else 4,
+    )
+    # Enough blocks to fill an H100's 132 processors many times over.
+    splits = max(1, min(triton.cdiv(longest, BLOCK_TOKENS), 132 * 64 // rows))
+    _collect_kernel[(splits, rows)](
+        scores.scores,
+        *lengths,
+        buffers.guesses,
+        buffers.counts,
+        buffers.positions,
+        scores.scores.stride(0),
+        H=num_kv_heads,
+        BT=BLOCK_TOKENS,
+        CAPACITY=CAPACITY,
+        num_warps=1,
+    )
+    _settle_kernel[(rows,)](
+        scores.scores,
+        slots,
+        *lengths,
+        buffers.counts,
+        buffers.positions,
+        indices,
+        scores.scores.stride(0),
+        slots.stride(0),
+        indices.stride(0),
+        H=num_kv_heads,
+        NC=IN_REGISTERS,
+        NK=64,
+        CAPACITY=CAPACITY,
+        # Many rows keep the GPU busy with few warps each; few rows need many to be quick.
+        num_warps=8 if rows <= MANY_ROWS else 2,
+    )

@@ -1,0 +1,1 @@
+"""Focused attention on FlashInfer: the only place that imports it."""

@@ -1,0 +1,266 @@
+"""The GPU kernels against the float32 reference.
+
+On a machine without a GPU the small cases run in Triton's interpreter, which has to be chosen
+before Triton is imported: ``TRITON_INTERPRET=1 pytest tests/ops/test_kernels.py``.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from fasa_sglang.ops import reference
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(),
+    reason="needs a CUDA GPU or TRITON_INTERPRET=1",
+)
+
+# seq_lens, num_kv_heads, group, head_dim, label width
+SMALL = [
+    pytest.param((37,), 2, 3, 16, 8, id="B1-L37-HKV2-G3-D16-F8"),
+    pytest.param((200, 5, 64), 3, 1, 32, 12, id="B3-L200-HKV3-G1-D32-F12"),
+    pytest.param((1, 129, 128), 1, 16, 64, 16, id="B3-L129-HKV1-G16-D64-F16"),
+]
+LARGE = [
+    pytest.param((9000, 1, 2048), 8, 4, 128, 32, id="B3-L9000-HKV8-G4-D128-F32"),
+    pytest.param((131072, 65000), 8, 4, 128, 32, id="B2-L131072-HKV8-G4-D128-F32"),
+    pytest.param((4097,) * 5, 2, 7, 64, 32, id="B5-L4097-HKV2-G7-D64-F32"),
+    pytest.param((3000, 70), 4, 8, 256, 128, id="B2-L3000-HKV4-G8-D256-F128"),
+]
+CASES = SMALL if INTERPRETED else SMALL + LARGE
+NAMES = ("seq_lens", "num_kv_heads", "group", "head_dim", "width")
+
+
+@dataclass
+class Case:
+    """Random inputs; slots that no request owns hold NaN labels."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    dims: torch.Tensor
+    mean: torch.Tensor
+    scale: torch.Tensor
+    slots: torch.Tensor
+    seq_lens: torch.Tensor
+
+    @property
+    def sm_scale(self) -> float:
+        return float(self.q.shape[-1] ** -0.5)
+
+    def ints(self, value: int) -> torch.Tensor:
+        return torch.full_like(self.seq_lens, value)
+
+
+def make_case(
+    seq_lens: tuple[int, ...], num_kv_heads: int, group: int, head_dim: int, width: int
+) -> Case:
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    like = {"generator": generator, "device": DEVICE}
+    num_slots = 1 + sum(seq_lens) + 10
+    permuted = (torch.randperm(num_slots - 1, **like) + 1).int()
+    slots = torch.full((len(seq_lens), max(seq_lens)), 10**9, dtype=torch.int32, device=DEVICE)
+    for row, part in zip(slots, permuted[: sum(seq_lens)].split(list(seq_lens)), strict=True):
+        row[: len(part)] = part
+    k = torch.randn(num_slots, num_kv_heads, head_dim, **like).bfloat16()
+    q = torch.randn(len(seq_lens), num_kv_heads * group, head_dim, **like).bfloat16()
+    dims = torch.rand(num_kv_heads, head_dim, **like).argsort(dim=-1)[:, :width].int()
+    mean = torch.randn(num_kv_heads, width, **like)
+    scale = torch.rand(num_kv_heads, width, **like) + 0.5
+    lens = torch.tensor(seq_lens, dtype=torch.int32, device=DEVICE)
+    return Case(q, k, dims, mean, scale, slots, lens)
+
+
+def written_labels(case: Case, dtype: torch.dtype) -> torch.Tensor:
+    from fasa_sglang.ops.label_write import write_labels
+
+    num_slots, num_kv_heads, _ = case.k.shape
+    labels = torch.full((num_slots, num_kv_heads, case.dims.shape[1]), torch.nan, device=DEVICE).to(
+        dtype
+    )
+    owned = torch.cat([row[:n] for row, n in zip(case.slots, case.seq_lens.tolist(), strict=True)])
+    # In two calls and out of order, as chunks of prompts and decode steps write them.
+    for part in owned.flip(0).tensor_split(2):
+        keys = case.k[part.long()]
+        write_labels(keys, case.dims, case.mean, case.scale, part, labels)
+    # Scoring reads slot 0 for what is past a request's end, and masks it.
+    labels[0] = 0
+    return labels
+
+
+def scored(case: Case, labels: torch.Tensor, combine: str, sink: int, recent: int):
+    from fasa_sglang.ops.token_importance import ScoreBuffers, token_importance
+
+    batch_size, num_qo_heads, _ = case.q.shape
+    buffers = ScoreBuffers(
+        batch_size, num_qo_heads, labels.shape[1], case.slots.shape[1], combine, DEVICE
+    )
+    buffers.scores.fill_(torch.nan)
+    token_importance(
+        case.q,
+        labels,
+        case.dims,
+        case.scale,
+        case.slots,
+        case.seq_lens,
+        case.ints(sink),
+        case.ints(recent),
+        buffers,
+        sm_scale=case.sm_scale,
+    )
+    return buffers
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(NAMES, CASES)
+def test_written_labels_are_the_scaled_dominant_dims(
+    seq_lens: tuple[int, ...],
+    num_kv_heads: int,
+    group: int,
+    head_dim: int,
+    width: int,
+    dtype: torch.dtype,
+) -> None:
+    case = make_case(seq_lens, num_kv_heads, group, head_dim, width)
+    labels = written_labels(case, dtype)
+    expected = reference.pack_labels(case.k.float(), case.dims.long())
+    expected = ((expected - case.mean) / case.scale).to(dtype)
+    owned = torch.zeros(len(case.k), dtype=torch.bool, device=DEVICE)
+    for row, n in zip(case.slots, case.seq_lens.tolist(), strict=True):
+        owned[row[:n].long()] = True
+    torch.testing.assert_close(labels[owned].float(), expected[owned].float(), rtol=1e-2, atol=1e-2)
+    assert labels[~owned][1:].isnan().all()
+
+
+@pytest.mark.parametrize("combine", reference.COMBINE_RULES)
+@pytest.mark.parametrize(NAMES, CASES)
+def test_token_importance_matches_reference(
+    seq_lens: tuple[int, ...],
+    num_kv_heads: int,
+    group: int,
+    head_dim: int,
+    width: int,
+    combine: str,
+) -> None:
+    from fasa_sglang.ops.token_importance import FORCED
+
+    case = make_case(seq_lens, num_kv_heads, group, head_dim, width)
+    labels = written_labels(case, torch.bfloat16)
+    got = scored(case, labels, combine, sink=1, recent=2).scores.unflatten(0, (-1, num_kv_heads))
+    expected = reference.token_importance(
+        case.q,
+        labels.float() * case.scale,
+        case.dims.long(),
+        case.slots,
+        case.seq_lens,
+        sm_scale=case.sm_scale,
+        combine=combine,
+    )
+    for b, seq_len in enumerate(seq_lens):
+        free = slice(min(1, seq_len), max(1, seq_len - 2))
+        want, have = expected[b, :, free], got[b, :, free]
+        if combine == "nrm":
+            want = want.log()
+        torch.testing.assert_close(have, want, rtol=2e-3, atol=2e-3)
+        assert (got[b, :, :1] == FORCED).all()
+        assert (got[b, :, max(0, seq_len - 2) : seq_len] == FORCED).all()
+        assert got[b, :, seq_len:].isnan().all()
+
+
+def check_selection(case: Case, buffers, indices: torch.Tensor, budgets: list[int], forced) -> None:
+    """Every row holds distinct tokens of its request, none worse than one left out."""
+    sink, recent = forced
+    num_kv_heads = case.dims.shape[0]
+    for b, seq_len in enumerate(case.seq_lens.tolist()):
+        position = torch.full((len(case.k),), -1, device=DEVICE)
+        position[case.slots[b, :seq_len].long()] = torch.arange(seq_len, device=DEVICE)
+        for h in range(num_kv_heads):
+            row = b * num_kv_heads + h
+            kept = min(budgets[b], seq_len)
+            index = indices[row, :kept].long()
+            assert (index % num_kv_heads == h).all()
+            positions = position[index // num_kv_heads]
+            assert (positions >= 0).all()
+            chosen = torch.zeros(seq_len, dtype=torch.bool, device=DEVICE)
+            chosen[positions] = True
+            assert int(chosen.sum()) == kept
+            assert chosen[:sink].all() and chosen[max(0, seq_len - recent) :].all()
+            if kept < seq_len:
+                score = buffers.scores[row, :seq_len]
+                assert score[chosen].min() >= score[~chosen].max()
+            assert (indices[row, kept:] == -7).all()
+
+
+@pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
+@pytest.mark.parametrize("combine", reference.COMBINE_RULES)
+@pytest.mark.parametrize(NAMES, CASES)
+def test_selection_keeps_exactly_the_best(
+    seq_lens: tuple[int, ...],
+    num_kv_heads: int,
+    group: int,
+    head_dim: int,
+    width: int,
+    combine: str,
+    ties: bool,
+) -> None:
+    """Twice in a row, so that a pass that leaves its scratch dirty is found."""
+    from fasa_sglang.ops.token_selection import SelectionBuffers, select_tokens
+
+    case = make_case(seq_lens, num_kv_heads, group, head_dim, width)
+    labels = written_labels(case, torch.bfloat16)
+    if ties:
+        labels[1:] = labels[int(case.slots[0, 0])]
+    sink, recent = 2, 3
+    small = max(sink + recent + 1, max(seq_lens) // 8)
+    budgets = [small if b % 2 == 0 else max(small // 2, 7) for b in range(len(seq_lens))]
+    buffers = scored(case, labels, combine, sink, recent)
+    scratch = SelectionBuffers(buffers)
+    for _ in range(2):
+        indices = torch.full(
+            (len(seq_lens) * num_kv_heads, small + 3), -7, dtype=torch.int32, device=DEVICE
+        )
+        expected = scored(case, labels, combine, sink, recent)
+        buffers.scores.copy_(expected.scores)
+        select_tokens(
+            buffers,
+            case.slots,
+            case.seq_lens,
+            torch.tensor(budgets, dtype=torch.int32, device=DEVICE),
+            case.ints(sink),
+            case.ints(recent),
+            scratch,
+            indices,
+            num_kv_heads,
+        )
+        check_selection(case, buffers, indices, budgets, (sink, recent))
+
+
+def test_selection_survives_a_guess_that_is_too_high() -> None:
+    """The sample sees only high scores: sectors of eight tokens, one in two of them good."""
+    from fasa_sglang.ops.token_importance import ScoreBuffers
+    from fasa_sglang.ops.token_selection import SelectionBuffers, select_tokens
+
+    seq_len, budget = 16384, 9000
+    case = make_case((seq_len,), 1, 1, 16, 8)
+    buffers = ScoreBuffers(1, 1, 1, seq_len, "mean", DEVICE)
+    position = torch.arange(seq_len, device=DEVICE)
+    buffers.scores[0] = torch.where(position % 16 < 8, 100.0, 0.0) + position / seq_len
+    scratch = SelectionBuffers(buffers)
+    indices = torch.full((1, budget), -7, dtype=torch.int32, device=DEVICE)
+    select_tokens(
+        buffers,
+        case.slots,
+        case.seq_lens,
+        case.ints(budget),
+        case.ints(0),
+        case.ints(0),
+        scratch,
+        indices,
+        1,
+    )
+    check_selection(case, buffers, indices, [budget], (0, 0))
