@@ -281,9 +281,9 @@ def _gate(
 
 def _table(rows: list[Row]) -> Table:
     table = Table(title=f"one layer, {NUM_QO_HEADS} query and {NUM_KV_HEADS} KV heads, us")
-    columns = ("batch", "tokens", "K", "labels", "combine", "dense (TB/s)", "score (TB/s)")
-    columns += ("select", "FlashInfer top-k", "attend (TB/s)", "layer", "speed-up", "error")
-    for column in columns:
+    columns = "batch,tokens,K,labels,combine,dense (TB/s),score (TB/s),select,FlashInfer top-k"
+    columns += ",attend (TB/s),layer,speed-up,error"
+    for column in columns.split(","):
         table.add_column(column, justify="right")
     for row in rows:
         topk = row.flashinfer_topk_us
