@@ -103,12 +103,9 @@ def calibrate(
     """
     shape = ModelShape.from_config(model.config, interleaved)
     chunk_dims = shape.rope.chunk_dims().to(model.device)
-    num_fcs = settings.num_fcs or max(1, shape.rope.num_chunks // 4)
-    if num_fcs > shape.rope.num_chunks:
-        raise CalibrationError(
-            f"num_fcs must be from 1 to the model's {shape.rope.num_chunks} frequency chunks, got "
-            f"{num_fcs}"
-        )
+    quarter = max(1, shape.rope.num_chunks // 4)
+    num_fcs = quarter if settings.num_fcs is None else settings.num_fcs
+    shape.check_num_fcs(num_fcs)
     positions = _sample_positions(settings)
     values: list[torch.Tensor] = []
     means: list[torch.Tensor] = []

@@ -63,6 +63,18 @@ class ModelShape:
             rope=rope_layout_from_config(text, interleaved),
         )
 
+    def check_num_fcs(self, num_fcs: int) -> None:
+        """Refuse a number of chunks that a head does not have.
+
+        Raises:
+            CalibrationError: ``num_fcs`` is not within 1 and the number of chunks.
+        """
+        if not 1 <= num_fcs <= self.rope.num_chunks:
+            raise CalibrationError(
+                f"num_fcs must be from 1 to the model's {self.rope.num_chunks} frequency chunks, "
+                f"got {num_fcs}"
+            )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; ``from_dict`` reads it back."""
         return asdict(self)
@@ -112,12 +124,7 @@ class DominantFCs:
         Raises:
             CalibrationError: ``num_fcs`` is not within 1 and the number of chunks.
         """
-        num_chunks = self.ranking.shape[-1]
-        if not 1 <= num_fcs <= num_chunks:
-            raise CalibrationError(
-                f"num_fcs must be from 1 to the model's {num_chunks} frequency chunks, got "
-                f"{num_fcs}"
-            )
+        self.model.check_num_fcs(num_fcs)
         return self.model.rope.chunk_dims()[self.ranking[..., :num_fcs].long()].flatten(-2)
 
     def check_model(self, shape: ModelShape, path: str | Path) -> None:

@@ -113,11 +113,7 @@ def load_dominant_fcs(model_config: Any) -> tuple[DominantFCs, int]:
     dominant = DominantFCs.load(config.calibration)
     dominant.check_model(ModelShape.from_config(model_config.hf_config), config.calibration)
     num_fcs = config.num_fcs or dominant.num_fcs
-    if num_fcs > dominant.model.rope.num_chunks:
-        raise ConfigError(
-            f"num_fcs must be from 1 to the model's {dominant.model.rope.num_chunks} frequency "
-            f"chunks, got {num_fcs}"
-        )
+    dominant.model.check_num_fcs(num_fcs)
     return dominant, num_fcs
 
 
