@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--text", metavar="FILE", help="UTF-8 text to calibrate on")
     source.add_argument("--dataset", metavar="NAME[:CONFIG]", help="Hugging Face dataset")
     parser.add_argument("--out", metavar="FILE", help="default: <model>.fasa.safetensors")
-    parser.add_argument("--num-fcs", type=int, metavar="N", help="default: a quarter of the chunks")
+    parser.add_argument("--num-fcs", type=int, metavar="N", help="default: half of the chunks")
     parser.add_argument("--ranker", choices=RANKERS, default=defaults.ranker)
     parser.add_argument("--tokens", type=int, default=defaults.tokens, help="length of the text")
     parser.add_argument("--top-k", type=int, default=defaults.top_k, help="K, in tokens")

@@ -14,7 +14,7 @@ from fasa_sglang.errors import FasaError
 COMMANDS = {
     "doctor": ("fasa_sglang.doctor", "say what is installed, hooked and would be refused"),
     "calibrate": ("fasa_sglang.calibration.command", "rank a model's frequency chunks"),
-    "bench": ("fasa_sglang.workloads.bench_ops", "measure the kernels on this GPU"),
+    "bench": ("fasa_sglang.workloads.bench", "measure kernels or a server"),
     "demo": ("fasa_sglang.workloads.demo", "serve a long prompt with and without FASA"),
 }
 

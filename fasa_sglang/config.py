@@ -14,8 +14,8 @@ from fasa_sglang.errors import ConfigError
 ENV = "FASA_CONFIG"
 CHOICES: dict[str, tuple[str, ...]] = {
     "default": ("off", "on", "auto"),
-    "combine": ("nrm", "mean"),
-    "label_dtype": ("bf16",),
+    "combine": ("mean", "nrm"),
+    "label_dtype": ("fp8", "bf16"),
     "selector": ("fasa", "oracle", "streaming", "random", "quest"),
 }
 
@@ -31,12 +31,15 @@ class FasaConfig:
         budget: Tokens attended per (request, KV head) and step, unless the request says.
         max_budget: Largest budget a request may ask for, in tokens.
         sink: First tokens that are always attended; inside the budget.
-        recent: Last tokens that are always attended, the current one first; inside the budget.
+        recent: Last tokens that are always attended, the current one first, which is attended even
+            if this is 0; inside the budget.
         num_fcs: Frequency chunks read per KV head; None takes the calibration's number.
         combine: How the scores of a group's query heads become one score per KV head: ``nrm``
-            sums exp(score - the head's maximum), ``mean`` averages the raw scores.
+            sums exp(score - the head's maximum), ``mean`` averages the raw scores, which costs one
+            dot product for the whole group.
         num_dense_layers: Leading layers that keep full attention.
-        label_dtype: Element type of the label cache.
+        label_dtype: Element type of the label cache: ``fp8`` (e4m3, relative to the calibration's
+            mean and spread of each dim) or ``bf16``.
         min_seq_len: Steps of requests shorter than this many tokens stay dense.
         selector: What ranks the tokens; all but ``fasa`` are for comparison runs.
         seed: Seed of the ``random`` selector.
@@ -52,9 +55,9 @@ class FasaConfig:
     sink: int = 4
     recent: int = 32
     num_fcs: int | None = None
-    combine: str = "nrm"
+    combine: str = "mean"
     num_dense_layers: int = 1
-    label_dtype: str = "bf16"
+    label_dtype: str = "fp8"
     min_seq_len: int = 2048
     selector: str = "fasa"
     seed: int = 0

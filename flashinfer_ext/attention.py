@@ -6,103 +6,192 @@ one KV head. A (request, KV head) pair is then a request of its own with ``HQ //
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import flashinfer
 import torch
 
 # FlashInfer's tensor-core decode is the one whose lengths may shrink on the device after planning.
 BACKEND = "fa2"
+# A plan is made for lengths rounded up to so many tokens, so that it serves many steps.
+PLAN_STEP = 256
 
 
-class FocusedAttention:
-    """Decode attention over at most ``max_tokens`` tokens per (request, KV head).
+class ShrinkableDecode:
+    """FlashInfer's paged decode whose rows may be shorter on the device than they were planned.
 
-    Planning happens here, once, for the longest rows; nothing is planned again. ``set_lengths``
-    tells the device how many of a row's indices count, ``run`` may be captured in a CUDA graph.
+    A row is ``indptr[i + 1] - indptr[i]`` pages of one token. The length of its last page is what
+    the device reads anew at every run; made negative, it shortens the row by whole pages.
 
     Args:
-        batch_size: Requests of a batch; shorter ones run with length 1 in the lanes left over.
-        num_qo_heads: Query heads of this rank.
-        num_kv_heads: KV heads of this rank.
+        indptr: Where each row's indices begin, ``[rows + 1]``, int32; may change between runs.
+        indices: Page of every token, int32; may change between runs.
+        last_page_len: ``length - (indptr[i + 1] - indptr[i]) + 1`` of every row, ``[rows]``,
+            int32, lengths from 0; may change between runs.
+        num_qo_heads: Query heads of a row.
+        num_kv_heads: KV heads of a page.
         head_dim: Dims of a head.
-        max_tokens: Most tokens of a row.
         dtype: Of queries and KV pool, float16 or bfloat16.
         workspace: Float workspace, uint8, shared by instances that do not run at once.
-        sm_scale: Multiplies ``q @ k``.
-
-    Attributes:
-        indices: ``slot * HKV + kv_head`` of each row's tokens, ``[batch_size * HKV, max_tokens]``,
-            int32; whoever selects writes here.
     """
 
     def __init__(
         self,
-        batch_size: int,
+        indptr: torch.Tensor,
+        indices: torch.Tensor,
+        last_page_len: torch.Tensor,
         num_qo_heads: int,
         num_kv_heads: int,
         head_dim: int,
-        max_tokens: int,
         dtype: torch.dtype,
         workspace: torch.Tensor,
-        sm_scale: float,
     ) -> None:
-        rows, device = batch_size * num_kv_heads, workspace.device
-        self.rows, self.group, self.head_dim = rows, num_qo_heads // num_kv_heads, head_dim
-        self.max_tokens = max_tokens
-        # Zero is a valid index: rows that are not filled read slot 0, which no request owns.
-        self.indices = torch.zeros(rows, max_tokens, dtype=torch.int32, device=device)
-        self._last_page_len = torch.ones(rows, dtype=torch.int32, device=device)
+        rows = len(last_page_len)
+        self._indptr, self._indices, self._last_page_len = indptr, indices, last_page_len
+        self._heads = (num_qo_heads, num_kv_heads, head_dim)
+        self._dtype = dtype
+        self._page = (-1, 1, num_kv_heads, head_dim)
+        self._rows = (rows, num_qo_heads, head_dim)
         self._wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
             workspace,
             "NHD",
             use_cuda_graph=True,
             use_tensor_cores=True,
-            paged_kv_indptr_buffer=torch.empty(rows + 1, dtype=torch.int32, device=device),
-            paged_kv_indices_buffer=self.indices.view(-1),
-            paged_kv_last_page_len_buffer=self._last_page_len,
+            paged_kv_indptr_buffer=indptr,
+            paged_kv_indices_buffer=indices,
+            paged_kv_last_page_len_buffer=last_page_len,
             backend=BACKEND,
         )
+        # Its own 8 MiB are for thousands of rows; servers make one instance per batch size.
+        plan_bytes = 2**20 + 64 * rows
+        self._wrapper.reset_workspace_buffer(
+            workspace, torch.empty(plan_bytes, dtype=torch.uint8, device=workspace.device)
+        )
+        # The first plan loads the kernel and overwrites the buffers; later ones leave them alone.
+        before = indptr.clone(), last_page_len.clone()
         self._wrapper.plan(
-            torch.arange(rows + 1, dtype=torch.int32) * max_tokens,
-            self.indices.view(-1),
+            torch.arange(rows + 1, dtype=torch.int32),
+            indices[:rows],
             torch.ones(rows, dtype=torch.int32),
-            self.group,
-            1,
-            head_dim,
+            *self._heads,
             1,
             q_data_type=dtype,
             kv_data_type=dtype,
-            sm_scale=sm_scale,
         )
+        indptr.copy_(before[0])
+        last_page_len.copy_(before[1])
+        self._planned: torch.Tensor | None = None
 
-    def set_lengths(self, lengths: torch.Tensor) -> None:
-        """Say how many indices of each row count, once per step.
+    def plan(self, lengths: Sequence[int]) -> None:
+        """Divide the work for rows of at most so many tokens; costs nothing while it still fits.
 
         Args:
-            lengths: ``[rows]``, int32, from 1 to ``max_tokens``; not checked.
-
-        A row was planned as ``max_tokens`` pages of one token. Its last page's length is the only
-        one the device reads anew; made negative, it shortens the row by whole pages.
+            lengths: Tokens of each row, ``[rows]``, on the host.
         """
-        torch.sub(lengths, self.max_tokens - 1, out=self._last_page_len)
+        steps = (torch.tensor(lengths, dtype=torch.int32).clamp(min=1) - 1) // PLAN_STEP + 1
+        if self._planned is not None and torch.equal(steps, self._planned):
+            return
+        indptr = torch.zeros(len(steps) + 1, dtype=torch.int32)
+        torch.cumsum(steps * PLAN_STEP, 0, out=indptr[1:])
+        flashinfer.fast_decode_plan(
+            self._wrapper,
+            self._indptr,
+            self._indices[: len(steps)],
+            self._last_page_len,
+            *self._heads,
+            1,
+            q_data_type=self._dtype,
+            kv_data_type=self._dtype,
+            global_override_indptr_cpu=indptr,
+        )
+        self._planned = steps
 
     def run(
-        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, out: torch.Tensor
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        out: torch.Tensor,
+        sm_scale: float,
+        lse: torch.Tensor | None = None,
     ) -> None:
-        """Attend to the tokens in ``indices``.
+        """Attend to the first ``length`` indices of every row; may be captured in a CUDA graph.
 
         Args:
-            q: Decode queries after RoPE, ``[batch_size, HQ, D]``, contiguous.
-            k_cache: ``[num_slots, HKV, D]``, contiguous.
+            q: Decode queries after RoPE, contiguous, ``rows * num_qo_heads * head_dim`` elements.
+            k_cache: KV pool, ``[num_slots, HKV, D]``, contiguous.
             v_cache: Like ``k_cache``.
-            out: Receives ``[batch_size, HQ, D]``, contiguous.
-
-        Reference: :func:`fasa_sglang.ops.reference.focused_attention`.
+            out: Receives the result, like ``q``. A row of length 0 is zero.
+            sm_scale: Multiplies ``q @ k``.
+            lse: Receives the logarithm to base 2 of each query head's softmax sum, float32.
         """
-        pool = (-1, 1, 1, self.head_dim)
-        heads = (self.rows, self.group, self.head_dim)
+        paged = (k_cache.view(self._page), v_cache.view(self._page))
+        # The wrapper's own scale is 1 / sqrt(head_dim).
+        q_scale = sm_scale * self._heads[2] ** 0.5
         # Programmatic launch would read the lengths before the kernel that writes them has ended.
-        paged = (k_cache.view(pool), v_cache.view(pool))
-        self._wrapper.run(q.view(heads), paged, out=out.view(heads), enable_pdl=False)
+        self._wrapper.run(
+            q.view(self._rows),
+            paged,
+            q_scale=q_scale,
+            out=out.view(self._rows),
+            lse=None if lse is None else lse.view(self._rows[:2]),
+            return_lse=lse is not None,
+            enable_pdl=False,
+        )
+
+
+class FocusedAttention(ShrinkableDecode):
+    """Decode attention over at most ``max_tokens`` tokens per (request, KV head).
+
+    Args:
+        indices: ``slot * HKV + kv_head`` of each row's tokens, ``[batch_size * HKV, max_tokens]``,
+            int32, all valid; whoever selects writes here.
+        last_page_len: See ``focused_last_page_len``, ``[batch_size * HKV]``, int32.
+        num_qo_heads: Query heads of this rank.
+        num_kv_heads: KV heads of this rank.
+        head_dim: Dims of a head.
+        dtype: Of queries and KV pool, float16 or bfloat16.
+        workspace: Float workspace, uint8, shared by instances that do not run at once.
+
+    Reference: :func:`fasa_sglang.ops.reference.focused_attention`.
+    """
+
+    def __init__(
+        self,
+        indices: torch.Tensor,
+        last_page_len: torch.Tensor,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        workspace: torch.Tensor,
+    ) -> None:
+        rows, max_tokens = indices.shape
+        self.indices = indices
+        super().__init__(
+            torch.arange(rows + 1, dtype=torch.int32, device=indices.device) * max_tokens,
+            indices.view(-1),
+            last_page_len,
+            num_qo_heads // num_kv_heads,
+            1,
+            head_dim,
+            dtype,
+            workspace,
+        )
+
+
+def merge_attention(
+    out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor
+) -> None:
+    """Join attention over two disjoint sets of tokens, in place into ``out`` and ``lse``.
+
+    Args:
+        out: ``[batch_size, HQ, D]``; rows over no token count for nothing.
+        lse: ``[batch_size, HQ]``, float32, to base 2.
+        other: Like ``out``.
+        other_lse: Like ``lse``.
+    """
+    flashinfer.merge_state_in_place(out, lse, other, other_lse)
 
 
 def plan_dense(

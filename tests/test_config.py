@@ -41,7 +41,7 @@ def test_environment_may_name_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         ({"num_fcs": 0}, "num_fcs must be an integer of at least 1, got 0"),
         ({"num_fcs": "8"}, "num_fcs must be an integer"),
         ({"selector": "best"}, "selector must be one of fasa, oracle, .*got 'best'"),
-        ({"combine": "max"}, "combine must be one of nrm, mean, got 'max'"),
+        ({"combine": "max"}, "combine must be one of mean, nrm, got 'max'"),
         ({"label_dtype": "int2"}, "label_dtype must be one of"),
         ({"default": True}, "default must be one of off, on, auto, got True"),
         ({"calibration": 3}, "calibration must be a path"),

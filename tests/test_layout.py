@@ -30,7 +30,7 @@ ALLOWED = {
         "fasa_sglang.workloads.models",
     ),
     "datasets": ("fasa_sglang.calibration.corpus",),
-    "matplotlib": ("fasa_sglang.calibration.heatmap", "fasa_sglang.workloads.bench_ops"),
+    "matplotlib": ("fasa_sglang.calibration.heatmap", "fasa_sglang.workloads.plots"),
     # The calibration and the workloads meet the server only through files and requests.
     "fasa_sglang.backend": ("fasa_sglang.backend", "fasa_sglang.plugin", "fasa_sglang.doctor"),
     "fasa_sglang.calibration": ("fasa_sglang.calibration", "fasa_sglang.workloads"),

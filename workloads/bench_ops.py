@@ -22,6 +22,7 @@ from rich.table import Table
 
 from fasa_sglang import __version__
 from fasa_sglang.errors import FasaError
+from fasa_sglang.workloads.plots import plot_speedup
 
 NUM_QO_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 8, 128
 DEFAULT_CASES = "1x8192,1x32768,1x131072,16x8192,16x32768,16x131072,64x16384"
@@ -59,7 +60,6 @@ class Row:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("what", choices=("ops",), help="what to measure")
     parser.add_argument("--cases", default=DEFAULT_CASES, help="BATCHxTOKENS,...")
     parser.add_argument("--budget", type=int, default=2048, help="tokens per (request, KV head)")
     parser.add_argument("--labels", default="quarter-fp8", help=f"of {', '.join(LABELS)}, or all")
@@ -105,7 +105,11 @@ def run(args: argparse.Namespace) -> None:
         }
         Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
     if args.plot:
-        _plot(rows, args.plot)
+        points = [
+            (f"batch {row.batch_size}, {row.labels}, {row.combine}", row.seq_len, row.speedup)
+            for row in rows
+        ]
+        plot_speedup(points, "decode attention, times FlashInfer dense", args.plot)
 
 
 def replay_us(work: Callable[[], object], copies: int) -> float:
@@ -149,7 +153,7 @@ def measure(
     """
     from fasa_sglang.flashinfer_ext.attention import FocusedAttention, plan_dense
     from fasa_sglang.flashinfer_ext.selection import FLASHINFER_TOPK_MAX, flashinfer_topk
-    from fasa_sglang.ops.label_write import write_labels
+    from fasa_sglang.ops.label_write import KeyPool, write_labels
     from fasa_sglang.ops.token_importance import ScoreBuffers, token_importance
     from fasa_sglang.ops.token_selection import SelectionBuffers, select_tokens
 
@@ -158,6 +162,8 @@ def measure(
     shape = (NUM_QO_HEADS, NUM_KV_HEADS, HEAD_DIM, torch.bfloat16)
     num_slots = batch_size * seq_len + 1
     slots = (torch.randperm(num_slots - 1, **on_gpu) + 1).int().view(batch_size, seq_len)
+    packed = slots.view(-1)
+    starts = torch.arange(batch_size, dtype=torch.int32, **on_gpu) * seq_len
     q = torch.randn(batch_size, NUM_QO_HEADS, HEAD_DIM, **on_gpu).bfloat16()
     k_cache, v_cache = (
         torch.randn(num_slots, NUM_KV_HEADS, HEAD_DIM, dtype=torch.bfloat16, **on_gpu)
@@ -174,10 +180,11 @@ def measure(
     dense = plan_dense(batch_size, seq_len, *heads, shape[3], slots, workspace, sm_scale)
     paged = (k_cache.unsqueeze(1), v_cache.unsqueeze(1))
     dense_us = replay_us(lambda: dense.run(q, paged, out=out), copies)
-    attention = FocusedAttention(batch_size, *heads, budget, shape[3], workspace, sm_scale)
-    attention.set_lengths(
-        torch.full((attention.rows,), min(budget, seq_len), dtype=torch.int32, **on_gpu)
-    )
+    rows, kept = batch_size * NUM_KV_HEADS, min(budget, seq_len)
+    indices = torch.zeros(rows, budget, dtype=torch.int32, **on_gpu)
+    last_page_len = torch.full((rows,), kept - budget + 1, dtype=torch.int32, **on_gpu)
+    attention = FocusedAttention(indices, last_page_len, *heads, shape[3], workspace)
+    attention.plan([kept] * rows)
     row_lens = lens.repeat_interleave(NUM_KV_HEADS)
     row_requests = torch.arange(batch_size, dtype=torch.int32, **on_gpu)
     row_requests = row_requests.repeat_interleave(NUM_KV_HEADS)
@@ -188,18 +195,19 @@ def measure(
         dims = torch.rand(NUM_KV_HEADS, HEAD_DIM, **on_gpu).argsort(dim=-1)[:, :width].int()
         mean, scale = torch.zeros_like(dims.float()), torch.ones_like(dims.float())
         cache = torch.empty(num_slots, NUM_KV_HEADS, width, dtype=dtype, **on_gpu)
-        write_labels(k_cache, dims, mean, scale, torch.arange(num_slots, **on_gpu), cache)
+        layers = (part[None] for part in (dims, mean, scale))
+        write_labels(KeyPool([k_cache]), *layers, torch.arange(num_slots, **on_gpu), cache[None])
         buffers = ScoreBuffers(batch_size, *heads[:2], seq_len, combine, "cuda")
         scratch = SelectionBuffers(buffers)
-        scoring = (q, cache, dims, scale, slots, lens, sinks, recents, buffers)
-        selection = (buffers, slots, lens, budgets, sinks, recents, scratch, attention.indices)
+        scoring = (q, cache, dims, scale, packed, starts, lens, sinks, recents, buffers)
+        selection = (buffers, packed, starts, lens, budgets, sinks, recents, scratch)
 
         def score() -> None:
             token_importance(*scoring, sm_scale=sm_scale)
 
         def score_and_select() -> None:
             score()
-            select_tokens(*selection, NUM_KV_HEADS)
+            select_tokens(*selection, attention.indices, NUM_KV_HEADS)
 
         def layer() -> None:
             score_and_select()
@@ -209,7 +217,7 @@ def measure(
             flashinfer_topk(buffers.scores, slots, row_lens, row_requests, budget)
 
         def attend() -> None:
-            attention.run(q, k_cache, v_cache, out)
+            attention.run(q, k_cache, v_cache, out, sm_scale)
 
         error = _gate(layer, attention, buffers, q, k_cache, v_cache, out, slots, sm_scale)
         score_us = replay_us(score, copies)
@@ -260,15 +268,20 @@ def _gate(
     out.fill_(torch.nan)
     layer()
     group, worst = NUM_QO_HEADS // NUM_KV_HEADS, 0.0
-    budget, seq_len = attention.max_tokens, slots.shape[1]
+    (rows, budget), seq_len = attention.indices.shape, slots.shape[1]
     kept = min(budget, seq_len)
-    for row in range(0, attention.rows, max(1, attention.rows // 8)):
+    for row in range(0, rows, max(1, rows // 8)):
         b, h = divmod(row, NUM_KV_HEADS)
-        expected = buffers.scores[row, :seq_len].topk(kept).indices
-        expected = (slots[b, expected] * NUM_KV_HEADS + h).sort().values
-        if not torch.equal(attention.indices[row, :kept].sort().values, expected):
+        scores = buffers.scores[row, :seq_len]
+        index = attention.indices[row, :kept]
+        chosen = index // NUM_KV_HEADS
+        where = torch.zeros(int(slots.max()) + 1, dtype=torch.int64, device="cuda")
+        where[slots[b].long()] = torch.arange(seq_len, device="cuda")
+        # Among equal scores any may win, so the scores are compared, not the tokens.
+        got = scores[where[chosen.long()]].sort().values
+        exact = torch.equal(got, scores.topk(kept).values.sort().values)
+        if not exact or len(chosen.unique()) < kept or not (index % NUM_KV_HEADS == h).all():
             raise FasaError(f"row {row} selected other tokens than torch.topk of its scores")
-        chosen = expected // NUM_KV_HEADS
         queries = q[b, h * group : (h + 1) * group].float()
         weights = (queries @ k_cache[chosen, h].float().T * sm_scale).softmax(dim=-1)
         reference = weights @ v_cache[chosen, h].float()
@@ -303,23 +316,3 @@ def _table(rows: list[Row]) -> Table:
             f"{row.relative_error:.0e}",
         )
     return table
-
-
-def _plot(rows: list[Row], path: str) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for key in sorted({(row.batch_size, row.labels, row.combine) for row in rows}):
-        mine = [row for row in rows if (row.batch_size, row.labels, row.combine) == key]
-        mine.sort(key=lambda row: row.seq_len)
-        label = f"batch {key[0]}, {key[1]}, {key[2]}"
-        axes.plot([row.seq_len for row in mine], [row.speedup for row in mine], "o-", label=label)
-    axes.axhline(1, color="grey", linewidth=0.8)
-    axes.set_xscale("log", base=2)
-    axes.set_xlabel("context, tokens")
-    axes.set_ylabel("decode attention, times FlashInfer dense")
-    axes.legend()
-    figure.savefig(path, format="png", dpi=120)

@@ -17,6 +17,7 @@ from fasa_sglang.platforms import PLATFORM_NAME
 
 # Neither the torch backend nor a CPU can capture graphs.
 EAGER = {"cuda_graph_backend_decode": "disabled", "cuda_graph_backend_prefill": "disabled"}
+DENSE_BACKEND = {"cpu": "torch_native", "cuda": "flashinfer"}
 
 
 def engine_arguments(
@@ -26,20 +27,24 @@ def engine_arguments(
 
     Args:
         model: Hugging Face folder or hub name.
-        fasa: The server's FASA settings; None runs SGLang's ``torch_native`` backend.
+        fasa: The server's FASA settings; None runs SGLang's own backend, ``flashinfer`` on a GPU
+            and ``torch_native`` on a CPU.
         overrides: Anything ``sglang.Engine`` takes; wins over ours.
     """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     arguments: dict[str, Any] = {
         "model_path": str(model),
-        "attention_backend": "torch_native" if fasa is None else "fasa",
+        "attention_backend": DENSE_BACKEND[device] if fasa is None else "fasa",
         "log_level": "error",
         "sampling_backend": "pytorch",
         "grammar_backend": "none",
-        **EAGER,
+        "cuda_graph_backend_prefill": "disabled",
     }
+    if device == "cpu" or (fasa or {}).get("selector", "fasa") != "fasa":
+        arguments.update(EAGER)
     if fasa is not None:
         arguments["json_model_override_args"] = json.dumps({"fasa": fasa})
-    if not torch.cuda.is_available():
+    if device == "cpu":
         os.environ["SGLANG_PLATFORM"] = PLATFORM_NAME
         # SGLang's scheduler and the model share the cores; more threads only fight.
         os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -14,8 +14,18 @@ def create_fasa_backend(runner: Any) -> Any:
     Raises:
         FasaError: The server, model, configuration or calibration cannot work.
     """
-    from fasa_sglang.backend.host import fasa_config, require_supported_host
-    from fasa_sglang.backend.torch_backend import FasaTorchAttnBackend
+    from fasa_sglang.backend.host import (
+        fasa_config,
+        require_supported_host,
+        serves_on_flashinfer,
+    )
 
     require_supported_host(runner)
-    return FasaTorchAttnBackend(runner, fasa_config(runner.model_config))
+    config = fasa_config(runner.model_config)
+    if serves_on_flashinfer(runner):
+        from fasa_sglang.backend.flashinfer_backend import FasaFlashInferAttnBackend
+
+        return FasaFlashInferAttnBackend(runner, config)
+    from fasa_sglang.backend.torch_backend import FasaTorchAttnBackend
+
+    return FasaTorchAttnBackend(runner, config)

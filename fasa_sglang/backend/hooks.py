@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookType
 
+from fasa_sglang.backend.base import FasaBackend
 from fasa_sglang.backend.host import (
     KEPT_LEN_METHOD,
     fasa_config,
     free_row_tail,
+    graph_scratch_bytes,
+    heads_of_rank,
     load_dominant_fcs,
     uses_fasa,
 )
@@ -55,10 +58,8 @@ def check_request(manager: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
 
 def plan_step(result: Any, cls: Any, batch: Any, model_runner: Any, **kwargs: Any) -> None:
     """Tell the backend what each lane of the coming forward pass does."""
-    from fasa_sglang.backend.torch_backend import FasaTorchAttnBackend
-
     backend = getattr(model_runner, "attn_backend", None)
-    if isinstance(backend, FasaTorchAttnBackend):
+    if isinstance(backend, FasaBackend):
         backend.lanes = launch_step(batch, backend.config, backend.num_layers)
 
 
@@ -128,15 +129,46 @@ def reserve_label_bytes(
     original: Callable[..., int], configurator: Any, kvc: Any, num_layers: int
 ) -> int:
     """Add the label cache to the bytes one token costs, so that the pool leaves room for it."""
-    from sglang.srt.runtime_context import get_parallel
-
     cell_size = original(configurator, kvc, num_layers)
     if not uses_fasa(kvc.server_args):
         return cell_size
     _, num_fcs = load_dominant_fcs(kvc.model_config)
-    num_kv_heads = kvc.model_config.get_num_kv_heads(get_parallel().attn_tp_size)
-    label_dtype = fasa_config(kvc.model_config).label_dtype
-    return cell_size + label_bytes_per_token(num_layers, num_kv_heads, num_fcs, label_dtype)
+    _, num_kv_heads = heads_of_rank(kvc.model_config)
+    config = fasa_config(kvc.model_config)
+    configurator.fasa_scratch_bytes = graph_scratch_bytes(kvc.model_config, config)
+    return cell_size + label_bytes_per_token(num_layers, num_kv_heads, num_fcs, config.label_dtype)
+
+
+def reserve_scratch(
+    configurator: Any, available_bytes: int, *args: Any, **kwargs: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Keep the buffers of captured sparse steps out of the memory the pool divides up."""
+    reserved = getattr(configurator, "fasa_scratch_bytes", 0)
+    return (configurator, available_bytes - reserved, *args), kwargs
+
+
+def capture_every_variant(original: Callable[..., None], runner: Any, *args: Any) -> None:
+    """Capture all batch sizes once for each thing that a decode batch may do.
+
+    SGLang 0.5.20 has a place for such variants, 0.5.17 has none; this works in both.
+    """
+    backend = getattr(runner, "attn_backend", None)
+    if not isinstance(backend, FasaBackend) or not backend.variants:
+        original(runner, *args)
+        return
+    for variant in backend.variants:
+        backend.capturing = variant
+        original(runner, *args)
+    backend.capturing = None
+
+
+def name_variant(result: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
+    """Keep the graphs of one batch size apart, when captured and when replayed."""
+    backend = getattr(runner, "attn_backend", None)
+    if not isinstance(backend, FasaBackend) or not backend.variants:
+        return result
+    label = "-".join(filter(None, (result.variant_label, backend.variant.value)))
+    return replace(result, variant_label=label)
 
 
 def refuse_triton(original: Callable[[str], bool], backend: str) -> bool:
@@ -150,6 +182,8 @@ def refuse_triton(original: Callable[[str], bool], backend: str) -> bool:
 
 
 _RESULTS = "sglang.srt.managers.scheduler_components.batch_result_processor"
+_POOL = "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator"
+_GRAPHS = "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner"
 _TOKENIZER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 
 HOOKS = (
@@ -165,11 +199,10 @@ HOOKS = (
         count_step,
         HookType.AFTER,
     ),
-    Hook(
-        "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator._compute_cell_size",
-        reserve_label_bytes,
-        HookType.AROUND,
-    ),
+    Hook(f"{_POOL}._compute_cell_size", reserve_label_bytes, HookType.AROUND),
+    Hook(f"{_POOL}.calculate_pool_sizes", reserve_scratch, HookType.BEFORE),
+    Hook(f"{_GRAPHS}._capture_one_stream", capture_every_variant, HookType.AROUND),
+    Hook(f"{_GRAPHS}._make_graph_key", name_variant, HookType.AFTER),
     Hook(
         f"sglang.srt.managers.schedule_batch.Req.{KEPT_LEN_METHOD}",
         keep_exact_prefix,

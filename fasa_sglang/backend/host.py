@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.srt.runtime_context import get_exec, get_parallel
 
 from fasa_sglang.config import FasaConfig
 from fasa_sglang.dominant_fcs import DominantFCs, ModelShape
 from fasa_sglang.errors import ConfigError, UnsupportedHostError
 from fasa_sglang.plugin import BACKEND_NAME
+
+HEAD_DIMS = (64, 128, 256)
 
 # Server flag: (the value FASA works with, why).
 FLAGS: dict[str, tuple[Any, str]] = {
@@ -23,6 +27,7 @@ FLAGS: dict[str, tuple[Any, str]] = {
     "attn_cp_size": (1, "each rank holds a part of a request's keys"),
     "enable_pdmux": (False, "it splits the batch behind the backend"),
     "tokenizer_worker_num": (1, "SGLang loads no plugin in the workers that would check requests"),
+    "enable_deterministic_inference": (False, "tokens are selected in no fixed order"),
     "enable_memory_saver": (False, "the label cache would survive a released KV pool"),
 }
 
@@ -67,19 +72,32 @@ def require_supported_host(runner: Any) -> None:
         )
     if keys.dtype != runner.dtype:
         raise UnsupportedHostError(
-            f"FASA's torch backend needs keys of the model's {runner.dtype}, got {keys.dtype}; "
-            "leave out --kv-cache-dtype"
+            f"FASA needs keys of the model's {runner.dtype}, got {keys.dtype}; leave out "
+            "--kv-cache-dtype"
         )
-    if keys.device.type == "cuda" and runner_uses_graphs(runner):
+    graphs = get_exec().graph.cuda_graph_config.decode.backend
+    if serves_on_flashinfer(runner):
+        if keys.dtype not in (torch.float16, torch.bfloat16) or keys.shape[2] not in HEAD_DIMS:
+            raise UnsupportedHostError(
+                f"FlashInfer attends to float16 or bfloat16 heads of {HEAD_DIMS} dims, got "
+                f"{keys.dtype} and {keys.shape[2]}; use another attention backend"
+            )
+        if graphs not in ("full", "disabled"):
+            raise UnsupportedHostError(
+                f"FASA's decode graphs are whole ones, got {graphs}; start with "
+                "--cuda-graph-backend-decode full, or disabled"
+            )
+    elif keys.is_cuda and graphs != "disabled":
         raise UnsupportedHostError(
-            "FASA's torch backend cannot be captured in CUDA graphs; start with "
-            "--cuda-graph-backend-decode disabled --cuda-graph-backend-prefill disabled"
+            f"selector {fasa_config(runner.model_config).selector!r} runs in torch and cannot be "
+            "captured in CUDA graphs; start with --cuda-graph-backend-decode disabled"
         )
 
 
-def runner_uses_graphs(runner: Any) -> bool:
-    """Whether SGLang is going to capture decode graphs."""
-    return getattr(runner.server_args, "cuda_graph_backend_decode", None) != "disabled"
+def serves_on_flashinfer(runner: Any) -> bool:
+    """Whether the GPU backend serves; the torch backend serves CPUs and comparison runs."""
+    on_gpu = runner.token_to_kv_pool.k_buffer[0].is_cuda
+    return on_gpu and fasa_config(runner.model_config).selector == "fasa"
 
 
 def uses_fasa(server_args: Any) -> bool:
@@ -115,6 +133,31 @@ def load_dominant_fcs(model_config: Any) -> tuple[DominantFCs, int]:
     num_fcs = config.num_fcs or dominant.num_fcs
     dominant.model.check_num_fcs(num_fcs)
     return dominant, num_fcs
+
+
+def heads_of_rank(model_config: Any) -> tuple[int, int]:
+    """Query and KV heads that one tensor-parallel rank holds."""
+    tp_size = get_parallel().attn_tp_size
+    return model_config.num_attention_heads // tp_size, model_config.get_num_kv_heads(tp_size)
+
+
+def graph_scratch_bytes(model_config: Any, config: FasaConfig) -> int:
+    """Bytes that captured sparse steps will allocate beside labels and pool."""
+    decode = get_exec().graph.cuda_graph_config.decode
+    if decode.backend == "disabled":
+        return 0
+    from fasa_sglang.backend.scratch import Scratch
+
+    planned = Scratch(
+        max(decode.bs or [decode.max_bs]),
+        model_config.context_len,
+        *heads_of_rank(model_config),
+        model_config.head_dim,
+        config,
+        model_config.dtype,
+        torch.device("meta"),
+    )
+    return planned.nbytes
 
 
 def free_row_tail(req: Any, start: int, end: int, tree_cache: Any) -> None:

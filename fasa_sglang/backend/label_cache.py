@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from fasa_sglang.dominant_fcs import DominantFCs
 from fasa_sglang.ops.reference import pack_labels
 
-LABEL_DTYPES = {"bf16": torch.bfloat16}
+LABEL_DTYPES = {"fp8": torch.float8_e4m3fn, "bf16": torch.bfloat16}
 
 
 def label_bytes_per_token(
@@ -17,31 +20,67 @@ def label_bytes_per_token(
 
 
 class LabelCache:
-    """Labels of all layers.
+    """Labels of all layers of this rank.
+
+    Labels are read from the KV pool after a forward pass has filled it, whoever wrote the keys
+    there, so a slot that any request reuses through the radix tree has its label.
 
     Args:
-        dominant_dims: Head dims of the dominant FCs,
-            ``[num_layers, num_kv_heads, 2 * num_fcs]``, int64, on the pool's device.
-        num_slots: Rows of the KV pool.
+        k_buffers: The KV pool's keys, one ``[num_slots, num_kv_heads, head_dim]`` per layer.
+        dominant: The calibration of these layers' heads.
+        first_layer: The model's layer that ``k_buffers`` begins with.
+        num_fcs: Chunks a label holds.
         label_dtype: A key of ``LABEL_DTYPES``.
+
+    Attributes:
+        dims: Head dims of a label, ``[num_layers, num_kv_heads, 2 * num_fcs]``, int32.
+        scale: What a unit of each label dim is worth, shape of ``dims``, float32.
+        labels: ``[num_layers, num_slots, num_kv_heads, 2 * num_fcs]``.
     """
 
-    def __init__(self, dominant_dims: torch.Tensor, num_slots: int, label_dtype: str) -> None:
-        self.dominant_dims = dominant_dims
-        num_layers, num_kv_heads, width = dominant_dims.shape
+    def __init__(
+        self,
+        k_buffers: Sequence[torch.Tensor],
+        dominant: DominantFCs,
+        first_layer: int,
+        num_fcs: int,
+        label_dtype: str,
+    ) -> None:
+        layers = slice(first_layer, first_layer + len(k_buffers))
+        num_slots, num_kv_heads, _ = k_buffers[0].shape
+        device = k_buffers[0].device
+        dims = dominant.dims(num_fcs)[layers]
+        self.dims = dims.int().to(device)
+        self.mean = torch.zeros(dims.shape, device=device)
+        self.scale = torch.ones(dims.shape, device=device)
+        if label_dtype != "bf16":
+            # Dims that never moved during calibration keep a scale of one.
+            spread = dominant.k_scale[layers].gather(-1, dims)
+            self.scale = torch.where(spread > 0, spread, 1.0).to(device)
+            self.mean = dominant.k_mean[layers].gather(-1, dims).to(device)
         self.labels = torch.zeros(
-            (num_layers, num_slots, num_kv_heads, width),
+            (len(k_buffers), num_slots, num_kv_heads, 2 * num_fcs),
             dtype=LABEL_DTYPES[label_dtype],
-            device=dominant_dims.device,
+            device=device,
         )
+        self._k_buffers = k_buffers
+        if device.type == "cuda":
+            from fasa_sglang.ops.label_write import KeyPool
 
-    def write(self, layer: int, slots: torch.Tensor, k: torch.Tensor) -> None:
-        """Store the labels of new keys.
+            self._keys = KeyPool(k_buffers)
 
-        Args:
-            layer: Layer of this rank, from 0.
-            slots: KV slots the keys go to, ``[num_tokens]``, int.
-            k: Keys after RoPE, ``[num_tokens, num_kv_heads, head_dim]``.
-        """
-        labels = pack_labels(k, self.dominant_dims[layer])
-        self.labels[layer, slots] = labels.to(self.labels.dtype)
+    def write(self, slots: torch.Tensor) -> None:
+        """Store the labels of all layers' keys in ``slots``, ``[num_tokens]``, int."""
+        if self.labels.is_cuda:
+            from fasa_sglang.ops.label_write import write_labels
+
+            write_labels(self._keys, self.dims, self.mean, self.scale, slots, self.labels)
+            return
+        for layer, keys in enumerate(self._k_buffers):
+            self.labels[layer].view(torch.uint8)[slots] = pack_labels(
+                keys[slots],
+                self.dims[layer].long(),
+                self.mean[layer],
+                self.scale[layer],
+                self.labels.dtype,
+            ).view(torch.uint8)

@@ -37,6 +37,11 @@ class LaneStep:
         return self.prompt_len if full else 0
 
     @property
+    def recent(self) -> int:
+        """Last tokens that are attended; the current one always is, and has no label yet."""
+        return 1 if self.request is None else max(1, self.request.recent)
+
+    @property
     def attended_len(self) -> int:
         """Tokens a KV head attends to in a layer that is not a dense one."""
         if self.request is None:

@@ -7,23 +7,18 @@ code, so a request that does not use FASA gets exactly what ``torch_native`` giv
 from __future__ import annotations
 
 import copy
-import logging
 from typing import Any
 
 import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
-from sglang.srt.runtime_context import get_parallel
 
-from fasa_sglang.backend.host import load_dominant_fcs
-from fasa_sglang.backend.label_cache import LabelCache
+from fasa_sglang.backend.base import FasaBackend
 from fasa_sglang.backend.step import LaneStep
 from fasa_sglang.config import FasaConfig
 from fasa_sglang.ops import reference
 
-logger = logging.getLogger(__name__)
 
-
-class FasaTorchAttnBackend(TorchNativeAttnBackend):
+class FasaTorchAttnBackend(FasaBackend, TorchNativeAttnBackend):
     """Dense prefill, sparse decode for the lanes that ask for it.
 
     Args:
@@ -36,38 +31,7 @@ class FasaTorchAttnBackend(TorchNativeAttnBackend):
 
     def __init__(self, runner: Any, config: FasaConfig) -> None:
         super().__init__(runner)
-        self.config = config
-        self.lanes: list[LaneStep] = []
-        dominant, num_fcs = load_dominant_fcs(runner.model_config)
-        parallel = get_parallel()
-        dims = dominant.for_rank(parallel.attn_tp_rank, parallel.attn_tp_size).dims(num_fcs)
-        pool = self.token_to_kv_pool
-        self.first_layer = pool.start_layer
-        self.num_layers = dominant.model.num_layers
-        layers = slice(self.first_layer, self.first_layer + pool.layer_num)
-        self.label_cache = LabelCache(
-            dims[layers].to(pool.k_buffer[0].device), pool.k_buffer[0].shape[0], config.label_dtype
-        )
-        logger.info(
-            "FASA: %s, selector %s, budget %d, sink %d, recent %d, %d of %d frequency chunks, "
-            "combine %s, %d dense layers, sparse from %d tokens, default %s, labels %s %.1f MiB "
-            "for %d slots, calibration %s",
-            dominant.model.architecture,
-            config.selector,
-            config.budget,
-            config.sink,
-            config.recent,
-            num_fcs,
-            dominant.model.rope.num_chunks,
-            config.combine,
-            config.num_dense_layers,
-            config.min_seq_len,
-            config.default,
-            config.label_dtype,
-            self.label_cache.labels.nbytes / 2**20,
-            self.label_cache.labels.shape[1],
-            config.calibration,
-        )
+        self.start_fasa(runner, config)
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """Prepare one forward pass: where the sparse lanes are, and a batch without them."""
@@ -89,8 +53,9 @@ class FasaTorchAttnBackend(TorchNativeAttnBackend):
         save_kv_cache: bool = True,
     ) -> torch.Tensor:
         """SGLang's dense prefill; the labels are written beside the keys."""
-        self._write_labels(k, layer, forward_batch)
-        return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
+        out = super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
+        self.write_labels_after(layer, forward_batch)
+        return out
 
     def forward_decode(
         self,
@@ -102,23 +67,17 @@ class FasaTorchAttnBackend(TorchNativeAttnBackend):
         save_kv_cache: bool = True,
     ) -> torch.Tensor:
         """SGLang's dense decode, then FASA in the lanes that asked for it."""
-        self._write_labels(k, layer, forward_batch)
-        if not self.sparse_lanes or layer.layer_id < self.config.num_dense_layers:
-            return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
-        out = super().forward_decode(q, k, v, layer, self.dense_view, save_kv_cache)
+        sparse = self.sparse_lanes if not self.is_dense(layer) else []
+        view = self.dense_view if sparse else forward_batch
+        out = super().forward_decode(q, k, v, layer, view, save_kv_cache)
         q = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        for i in self.sparse_lanes:
+        for i in sparse:
             slots = self.req_to_token_pool.req_to_token[
                 forward_batch.req_pool_indices[i], : self.lanes[i].seq_len
             ]
             out[i] = self._attend(q[i], slots, layer, self.lanes[i]).flatten().to(out.dtype)
+        self.write_labels_after(layer, forward_batch)
         return out
-
-    def _write_labels(self, k: torch.Tensor | None, layer: Any, forward_batch: Any) -> None:
-        if k is not None:
-            k = k.view(-1, layer.tp_k_head_num, layer.qk_head_dim)
-            slots = forward_batch.out_cache_loc[: k.shape[0]]
-            self.label_cache.write(layer.layer_id - self.first_layer, slots, k)
 
     def _attend(
         self, q: torch.Tensor, slots: torch.Tensor, layer: Any, lane: LaneStep
@@ -170,7 +129,8 @@ class FasaTorchAttnBackend(TorchNativeAttnBackend):
         return reference.token_importance(
             q,
             self.label_cache.labels[local],
-            self.label_cache.dominant_dims[local],
+            self.label_cache.dims[local].long(),
+            self.label_cache.scale[local],
             slots,
             seq_lens,
             sm_scale=layer.scaling,

@@ -1,84 +1,106 @@
 """Write labels on the GPU: the dominant dims of new keys, packed into their slots' rows.
 
-Labels narrower than 16 bits are stored relative to the calibration's mean and scale of each dim.
-The mean shifts all scores of a query alike, which no ranking notices, and the scale moves into the
-query, so that reading a label costs neither. Reference: ``ops.reference.pack_labels``.
+One launch serves all layers of a forward pass: it reads the keys from the KV pool once they are
+there. Reference: ``ops.reference.pack_labels``.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 
-FP8_MAX = 448.0
+from fasa_sglang.ops.reference import FP8_MAX
+
+KEY_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 @triton.jit
 def _label_write_kernel(
-    k_ptr,
+    k_ptrs_ptr,
     dims_ptr,
     mean_ptr,
     scale_ptr,
     slots_ptr,
     labels_ptr,
-    k_stride_t,
-    k_stride_h,
+    k_stride,
+    labels_stride,
     H: tl.constexpr,
+    D: tl.constexpr,
     F: tl.constexpr,
     ROW: tl.constexpr,
     LIMIT: tl.constexpr,
+    KEY: tl.constexpr,
 ):
-    i_t = tl.program_id(0).to(tl.int64)
+    i_t, i_l = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_r = tl.arange(0, ROW)
     m_r = o_r < H * F
-    b_dim = tl.load(dims_ptr + o_r, mask=m_r, other=0)
-    p_k = k_ptr + i_t * k_stride_t + (o_r // F) * k_stride_h + b_dim
-    b_k = tl.load(p_k, mask=m_r, other=0.0).to(tl.float32)  # [ROW]
-    b_mean = tl.load(mean_ptr + o_r, mask=m_r, other=0.0)
-    b_scale = tl.load(scale_ptr + o_r, mask=m_r, other=1.0)
+    slot = tl.load(slots_ptr + i_t).to(tl.int64)
+    p_k = tl.load(k_ptrs_ptr + i_l).to(tl.pointer_type(KEY)) + slot * k_stride
+    b_dim = tl.load(dims_ptr + i_l * (H * F) + o_r, mask=m_r, other=0)
+    b_k = tl.load(p_k + (o_r // F) * D + b_dim, mask=m_r, other=0.0).to(tl.float32)  # [ROW]
+    b_mean = tl.load(mean_ptr + i_l * (H * F) + o_r, mask=m_r, other=0.0)
+    b_scale = tl.load(scale_ptr + i_l * (H * F) + o_r, mask=m_r, other=1.0)
     b_label = (b_k - b_mean) / b_scale
     if LIMIT > 0:
         b_label = tl.minimum(tl.maximum(b_label, -LIMIT), LIMIT)
-    slot = tl.load(slots_ptr + i_t).to(tl.int64)
-    p_label = labels_ptr + slot * (H * F) + o_r
+    p_label = labels_ptr + i_l * labels_stride + slot * (H * F) + o_r
     tl.store(p_label, b_label.to(labels_ptr.dtype.element_ty), mask=m_r)
 
 
+class KeyPool:
+    """Where the keys of every layer lie, as the kernel takes it.
+
+    Args:
+        k_buffers: The KV pool's keys, one ``[num_slots, HKV, D]`` per layer, contiguous, float16,
+            bfloat16 or float32. They must outlive this object and stay where they are.
+    """
+
+    def __init__(self, k_buffers: Sequence[torch.Tensor]) -> None:
+        first = k_buffers[0]
+        pointers = [keys.data_ptr() for keys in k_buffers]
+        self.pointers = torch.tensor(pointers, dtype=torch.int64, device=first.device)
+        self.num_kv_heads, self.head_dim = first.shape[1:]
+        self.dtype = first.dtype
+
+
 def write_labels(
-    k: torch.Tensor,
+    keys: KeyPool,
     dominant_dims: torch.Tensor,
     label_mean: torch.Tensor,
     label_scale: torch.Tensor,
     slots: torch.Tensor,
-    label_cache: torch.Tensor,
+    labels: torch.Tensor,
 ) -> None:
-    """Store the labels of new keys.
+    """Store the labels of keys that were just written to the pool.
 
     Args:
-        k: Keys after RoPE, ``[num_tokens, HKV, D]``, float16, bfloat16 or float32; dims of a head
-            contiguous.
-        dominant_dims: Head dims a label holds, ``[HKV, F]``, int32.
-        label_mean: Subtracted before packing, ``[HKV, F]``, float32.
-        label_scale: Divides what is left, ``[HKV, F]``, float32.
-        slots: KV slots the keys go to, ``[num_tokens]``, int32 or int64; not range-checked.
-        label_cache: Written in place, ``[num_slots, HKV, F]``, bfloat16, float16 or float8_e4m3fn.
+        keys: The pool, after RoPE.
+        dominant_dims: Head dims a label holds, ``[NL, HKV, F]``, int32.
+        label_mean: Subtracted before packing, ``[NL, HKV, F]``, float32.
+        label_scale: Divides what is left, ``[NL, HKV, F]``, float32.
+        slots: KV slots of the new keys, ``[num_tokens]``, int32 or int64; not range-checked.
+        labels: Written in place, ``[NL, num_slots, HKV, F]``, bfloat16, float16 or float8_e4m3fn.
             Values past float8's 448 saturate.
     """
-    num_kv_heads, width = dominant_dims.shape
-    if k.shape[0]:
-        _label_write_kernel[(k.shape[0],)](
-            k,
+    num_layers, num_kv_heads, width = dominant_dims.shape
+    if len(slots):
+        _label_write_kernel[(len(slots), num_layers)](
+            keys.pointers,
             dominant_dims,
             label_mean,
             label_scale,
             slots,
-            label_cache,
-            k.stride(0),
-            k.stride(1),
+            labels,
+            num_kv_heads * keys.head_dim,
+            labels.stride(0),
             H=num_kv_heads,
+            D=keys.head_dim,
             F=width,
             ROW=triton.next_power_of_2(num_kv_heads * width),
-            LIMIT=FP8_MAX if label_cache.dtype == torch.float8_e4m3fn else 0.0,
+            LIMIT=FP8_MAX if labels.dtype == torch.float8_e4m3fn else 0.0,
+            KEY=KEY_TYPES[keys.dtype],
             num_warps=4,
         )

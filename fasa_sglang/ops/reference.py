@@ -14,19 +14,38 @@ import torch
 
 COMBINE_RULES = ("nrm", "mean")
 QUEST_PAGE_SIZE = 16
+# Largest value of float8_e4m3fn.
+FP8_MAX = 448.0
 
 
-def pack_labels(k: torch.Tensor, dominant_dims: torch.Tensor) -> torch.Tensor:
+def pack_labels(
+    k: torch.Tensor,
+    dominant_dims: torch.Tensor,
+    label_mean: torch.Tensor,
+    label_scale: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
     """Gather the dominant dims of every key: one packed row of the label cache per token.
+
+    A label is relative to the calibration's mean and scale of its dim. The mean shifts all scores
+    of a query alike, which no ranking notices, and the scale moves into the query, so that
+    reading a label costs neither.
 
     Args:
         k: Keys after RoPE, ``[num_tokens, HKV, D]``.
         dominant_dims: Head dims of the dominant FCs, ``[HKV, F]``, int64.
+        label_mean: Subtracted before packing, ``[HKV, F]``, float32.
+        label_scale: Divides what is left, ``[HKV, F]``, float32.
+        dtype: Of the label cache; float8_e4m3fn saturates at ``FP8_MAX``.
 
     Returns:
-        ``[num_tokens, HKV, F]``, dtype of ``k``.
+        ``[num_tokens, HKV, F]``, ``dtype``.
     """
-    return k.gather(-1, dominant_dims.expand(k.shape[0], -1, -1))
+    labels = k.gather(-1, dominant_dims.expand(k.shape[0], -1, -1)).float()
+    labels = (labels - label_mean) / label_scale
+    if dtype == torch.float8_e4m3fn:
+        labels = labels.clamp(-FP8_MAX, FP8_MAX)
+    return labels.to(dtype)
 
 
 def combine_group(scores: torch.Tensor, combine: str) -> torch.Tensor:
@@ -56,6 +75,7 @@ def token_importance(
     q: torch.Tensor,
     label_cache: torch.Tensor,
     dominant_dims: torch.Tensor,
+    label_scale: torch.Tensor,
     slots: torch.Tensor,
     seq_lens: torch.Tensor,
     *,
@@ -66,15 +86,17 @@ def token_importance(
 
     Args:
         q: Decode queries after RoPE, ``[B, HQ, D]``.
-        label_cache: Dominant dims of K, one row per slot, ``[num_slots, HKV, F]``.
+        label_cache: One row of ``pack_labels`` per slot, ``[num_slots, HKV, F]``.
         dominant_dims: Head dims the labels hold, ``[HKV, F]``, int64.
+        label_scale: As given to ``pack_labels``, ``[HKV, F]``, float32.
         slots: Position to slot, ``[B, L]``, int; entries from ``seq_lens`` on are ignored.
         seq_lens: Tokens of each request, ``[B]``, int.
         sm_scale: Multiplies ``q @ k``; matters to ``combine="nrm"``.
         combine: See ``combine_group``.
 
     Returns:
-        ``[B, HKV, L]``, float32, ``-inf`` from ``seq_lens`` on.
+        ``[B, HKV, L]``, float32, ``-inf`` from ``seq_lens - 1`` on: the last token is the current
+        one, which has no label yet and is always selected.
 
     Source: FASA, https://arxiv.org/abs/2602.03152, token importance prediction; one set of
     chunks and one ranking per KV head is ours.
@@ -82,9 +104,9 @@ def token_importance(
     num_kv_heads = dominant_dims.shape[0]
     q = _group_heads(q, num_kv_heads)
     q = q.gather(-1, dominant_dims[None, :, None, :].expand(*q.shape[:3], -1))
-    labels = label_cache[_inside(slots, seq_lens)].float()
+    labels = _rows(label_cache, _inside(slots, seq_lens)).float() * label_scale
     scores = torch.einsum("bhgf,blhf->bhgl", q, labels) * sm_scale
-    return combine_group(_mask_past_end(scores, seq_lens), combine)
+    return combine_group(_mask_past_end(scores, seq_lens - 1), combine)
 
 
 def oracle_importance(
@@ -168,7 +190,7 @@ def select_tokens(
         seq_lens: Tokens of each request, ``[B]``, int.
         budget: Tokens to keep, ``sink`` and ``recent`` among them; all if the request is shorter.
         sink: First tokens that are always kept.
-        recent: Last tokens that are always kept.
+        recent: Last tokens that are always kept; the current one is even if this is 0.
         full_prefix_lens: First tokens of each request that are kept on top of the budget,
             ``[B]``, int; the sink is then among them. Default: none.
 
@@ -185,7 +207,7 @@ def select_tokens(
         prefix_len = 0 if full_prefix_lens is None else int(full_prefix_lens[b])
         ranked = scores[b, :, :seq_len].clone()
         ranked[:, : max(sink, prefix_len)] = torch.inf
-        ranked[:, max(0, seq_len - recent) :] = torch.inf
+        ranked[:, max(0, seq_len - max(1, recent)) :] = torch.inf
         order = ranked.argsort(dim=-1, descending=True, stable=True)
         rows.append(order[:, : prefix_len + budget].sort(dim=-1).values)
     num_selected = max(row.shape[1] for row in rows)
@@ -239,6 +261,7 @@ def fasa_decode(
     v_cache: torch.Tensor,
     label_cache: torch.Tensor,
     dominant_dims: torch.Tensor,
+    label_scale: torch.Tensor,
     slots: torch.Tensor,
     seq_lens: torch.Tensor,
     *,
@@ -255,7 +278,14 @@ def fasa_decode(
         ``[B, HQ, D]``, float32; equal to dense attention where ``budget`` covers the request.
     """
     scores = token_importance(
-        q, label_cache, dominant_dims, slots, seq_lens, sm_scale=sm_scale, combine=combine
+        q,
+        label_cache,
+        dominant_dims,
+        label_scale,
+        slots,
+        seq_lens,
+        sm_scale=sm_scale,
+        combine=combine,
     )
     positions, _ = select_tokens(
         scores,
@@ -289,6 +319,13 @@ def _full_scores(
 def _inside(slots: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:
     """Slots with slot 0 wherever a request has no token, so that any padding can be gathered."""
     return slots.long().masked_fill(_past_end(slots.shape[1], seq_lens), 0)
+
+
+def _rows(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """``table[index]``; PyTorch has no indexing of float8 on the CPU."""
+    if table.dtype == torch.float8_e4m3fn:
+        return table.view(torch.uint8)[index].view(table.dtype)
+    return table[index]
 
 
 def _past_end(longest: int, seq_lens: torch.Tensor) -> torch.Tensor:

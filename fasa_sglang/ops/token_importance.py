@@ -12,8 +12,8 @@ import triton.language as tl
 
 # Programs a batch is cut into: enough to fill an H100's 132 processors eight deep.
 NUM_PROGRAMS = 132 * 8
-# Score of a token that is always selected; larger than any logit, and finite.
-FORCED = 3.0e38
+# Score of a token that is always selected.
+FORCED = float("inf")
 
 
 @triton.jit
@@ -50,13 +50,13 @@ def _mean_kernel(
     dims_ptr,
     q_scale_ptr,
     slots_ptr,
+    starts_ptr,
     seq_lens_ptr,
     sinks_ptr,
     recents_ptr,
     scores_ptr,
     sm_scale,
     q_stride,
-    slots_stride,
     scores_stride,
     H: tl.constexpr,
     HP: tl.constexpr,
@@ -68,7 +68,8 @@ def _mean_kernel(
     FORCED: tl.constexpr,
 ):
     i_s, i_b = tl.program_id(0), tl.program_id(1)
-    seq_len = tl.load(seq_lens_ptr + i_b)
+    # Before the branch, so that the two loads wait together.
+    seq_len, start = tl.load(seq_lens_ptr + i_b), tl.load(starts_ptr + i_b)
     if i_s * BT >= seq_len:
         return
     sink, recent = tl.load(sinks_ptr + i_b), tl.load(recents_ptr + i_b)
@@ -84,7 +85,7 @@ def _mean_kernel(
     for i_t in range(i_s, tl.cdiv(seq_len, BT), tl.num_programs(0)):
         o_t = i_t * BT + tl.arange(0, BT)
         m_t = o_t < seq_len
-        p_slot = slots_ptr + i_b.to(tl.int64) * slots_stride + o_t
+        p_slot = slots_ptr + start + o_t
         b_slot = tl.load(p_slot, mask=m_t, other=0).to(tl.int64)
         p_label = labels_ptr + b_slot[:, None] * (H * F) + (i_h * F + o_f)[None, :]
         if HP == H and FP == F:
@@ -106,12 +107,12 @@ def _head_logits_kernel(
     dims_ptr,
     q_scale_ptr,
     slots_ptr,
+    starts_ptr,
     seq_lens_ptr,
     logits_ptr,
     peaks_ptr,
     sm_scale,
     q_stride,
-    slots_stride,
     logits_stride,
     H: tl.constexpr,
     HP: tl.constexpr,
@@ -123,7 +124,8 @@ def _head_logits_kernel(
     QP: tl.constexpr,
 ):
     i_s, i_b = tl.program_id(0), tl.program_id(1)
-    seq_len = tl.load(seq_lens_ptr + i_b)
+    # Before the branch, so that the two loads wait together.
+    seq_len, start = tl.load(seq_lens_ptr + i_b), tl.load(starts_ptr + i_b)
     if i_s * BT >= seq_len:
         return
     # Query heads as columns that are zero outside their KV head's part of the row, so that one
@@ -143,7 +145,7 @@ def _head_logits_kernel(
     for i_t in range(i_s, tl.cdiv(seq_len, BT), tl.num_programs(0)):
         o_t = i_t * BT + tl.arange(0, BT)
         m_t = o_t < seq_len
-        p_slot = slots_ptr + i_b.to(tl.int64) * slots_stride + o_t
+        p_slot = slots_ptr + start + o_t
         b_slot = tl.load(p_slot, mask=m_t, other=0).to(tl.int64)
         p_label = labels_ptr + b_slot[:, None] * (H * F) + o_row[None, :]
         if HP == H and FP == F:
@@ -151,7 +153,8 @@ def _head_logits_kernel(
         else:
             b_label = tl.load(p_label, mask=m_row[None, :], other=0.0)
         b_logit = tl.dot(b_label.to(tl.float16), b_q)  # [BT, QP]
-        b_peak = tl.maximum(b_peak, tl.where(m_t[:, None], b_logit, float("-inf")))
+        m_labelled = (o_t < seq_len - 1)[:, None]
+        b_peak = tl.maximum(b_peak, tl.where(m_labelled, b_logit, float("-inf")))
         p_logit = logits_ptr + (i_b * H * G + o_q).to(tl.int64) * logits_stride + o_t[:, None]
         tl.store(p_logit, b_logit.to(tl.float16), mask=m_t[:, None] & (o_q < H * G))
     o_p = tl.arange(0, QP)
@@ -209,8 +212,9 @@ class ScoreBuffers:
         device: Where the kernels run.
 
     Attributes:
-        scores: ``[max_batch_size * HKV, max_len]`` float32, rows aligned to 16 bytes. Beyond a
-            request's length its rows keep what they held.
+        scores: ``[max_batch_size * HKV, max_len]`` float16, rows aligned to 16 bytes. Beyond a
+            request's length its rows keep what they held. What float16 rounds off is less than
+            what labels of 8 or 16 bits have lost before.
     """
 
     def __init__(
@@ -222,13 +226,18 @@ class ScoreBuffers:
         combine: str,
         device: torch.device | str,
     ) -> None:
-        rows, aligned = max_batch_size * num_kv_heads, triton.cdiv(max_len, 4) * 4
+        rows, aligned = max_batch_size * num_kv_heads, triton.cdiv(max_len, 8) * 8
         self.combine = combine
-        self.scores = torch.empty(rows, aligned, dtype=torch.float32, device=device)
+        self.scores = torch.empty(rows, aligned, dtype=torch.float16, device=device)
         if combine == "nrm":
             heads = max_batch_size * num_qo_heads
             self.logits = torch.empty(heads, aligned, dtype=torch.float16, device=device)
             self.peaks = torch.empty(heads, dtype=torch.int32, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(x.nbytes for x in vars(self).values() if isinstance(x, torch.Tensor))
 
 
 def token_importance(
@@ -237,6 +246,7 @@ def token_importance(
     dominant_dims: torch.Tensor,
     label_scale: torch.Tensor,
     slots: torch.Tensor,
+    starts: torch.Tensor,
     seq_lens: torch.Tensor,
     sinks: torch.Tensor,
     recents: torch.Tensor,
@@ -253,11 +263,12 @@ def token_importance(
         q: Decode queries after RoPE, ``[B, HQ, D]``, float16 or bfloat16, heads contiguous.
         label_cache: ``[num_slots, HKV, F]``, as ``write_labels`` leaves it.
         dominant_dims: Head dims a label holds, ``[HKV, F]``, int32.
-        label_scale: What a unit of each label dim is worth, ``[HKV, F]``, float32.
-        slots: Position to slot, ``[B, >= longest]``, int32; not read past a request's length.
-        seq_lens: Tokens of each request, ``[B]``, int32.
+        label_scale: As given to ``write_labels``, ``[HKV, F]``, float32.
+        slots: Position to slot, request after request, ``[>= all tokens]``, int32.
+        starts: Where each request's slots begin, ``[>= B]``, int32.
+        seq_lens: Tokens of each request, ``[B]``, int32; the last one has no label yet.
         sinks: First tokens of each request that are always selected, ``[B]``, int32.
-        recents: Last tokens that are always selected, ``[B]``, int32.
+        recents: Last tokens that are always selected, at least one, ``[B]``, int32.
         buffers: Receives the scores; always-selected tokens score ``FORCED``.
             ``nrm`` scores are the logarithm of the reference's, which ranks alike.
         sm_scale: Multiplies ``q @ k``.
@@ -275,7 +286,7 @@ def token_importance(
         "F": width,
         "FP": triton.next_power_of_2(width),
     }
-    inputs = (q, label_cache, dominant_dims, label_scale, slots, seq_lens)
+    inputs = (q, label_cache, dominant_dims, label_scale, slots, starts, seq_lens)
     if buffers.combine == "mean":
         _mean_kernel[(splits, batch_size)](
             *inputs,
@@ -284,7 +295,6 @@ def token_importance(
             buffers.scores,
             sm_scale,
             q.stride(0),
-            slots.stride(0),
             buffers.scores.stride(0),
             **shape,
             BT=32,
@@ -299,7 +309,6 @@ def token_importance(
         buffers.peaks,
         sm_scale,
         q.stride(0),
-        slots.stride(0),
         buffers.logits.stride(0),
         **shape,
         BT=64,

@@ -16,14 +16,14 @@ import torch
 import triton
 import triton.language as tl
 
-from fasa_sglang.ops.token_importance import ScoreBuffers, _order_key
+from fasa_sglang.ops.token_importance import ScoreBuffers
 
 NUM_BINS = 128
-# The guess looks at one score in so many of the longest row, in groups of one 32-byte sector;
+# The guess looks at one score in so many of the longest row, in groups of 16 bytes;
 # at no fewer and no more than so many.
 SAMPLED = 16
 SMALLEST_SAMPLE, LARGEST_SAMPLE = 2048, 8192
-SECTOR = 8
+GROUP = 8
 # Standard deviations by which the guess errs on the low side.
 CAUTION = 5.0
 # Candidates a row has room for, and how many of them the last step holds in registers.
@@ -46,7 +46,7 @@ def _guess_kernel(
     H: tl.constexpr,
     NB: tl.constexpr,
     SAMPLE: tl.constexpr,
-    SECTOR: tl.constexpr,
+    GROUP: tl.constexpr,
     CAUTION: tl.constexpr,
 ):
     """A score that surely enough tokens of a row reach, and few more."""
@@ -58,11 +58,11 @@ def _guess_kernel(
     sink, recent = tl.load(sinks_ptr + i_b), tl.load(recents_ptr + i_b)
     stride = tl.cdiv(seq_len, SAMPLE)
     o_i = tl.arange(0, SAMPLE)
-    o_t = (o_i // SECTOR) * (SECTOR * stride) + o_i % SECTOR
+    o_t = (o_i // GROUP) * (GROUP * stride) + o_i % GROUP
     m_free = (o_t >= sink) & (o_t < seq_len - recent)
     b_score = tl.load(
         scores_ptr + i_r.to(tl.int64) * scores_stride + o_t, mask=m_free, other=float("-inf")
-    )
+    ).to(tl.float32)
     high = tl.max(b_score, axis=0)
     low = tl.min(tl.where(m_free, b_score, high), axis=0)
     width = tl.maximum((high - low) / NB, 1e-30)
@@ -104,7 +104,7 @@ def _collect_kernel(
     for i_t in range(i_s, tl.cdiv(seq_len, BT), tl.num_programs(0)):
         o_t = i_t * BT + tl.arange(0, BT)
         m_free = (o_t >= sink) & (o_t < seq_len - recent)
-        b_score = tl.load(p_row + o_t, mask=m_free, other=0.0)
+        b_score = tl.load(p_row + o_t, mask=m_free, other=0.0).to(tl.float32)
         b_in = (m_free & (b_score >= guess)).to(tl.int32)
         num_in = tl.sum(b_in, axis=0)
         if num_in > 0:
@@ -112,6 +112,13 @@ def _collect_kernel(
             b_place = start + tl.cumsum(b_in, axis=0) - b_in
             m_in = (b_in == 1) & (b_place < CAPACITY)
             tl.store(positions_ptr + offset + b_place, o_t, mask=m_in)
+
+
+@triton.jit
+def _order_key(b_x):
+    """Map float16 to int32 in the same order."""
+    b_key = b_x.to(tl.int16, bitcast=True).to(tl.int32)
+    return b_key ^ ((b_key >> 15) & 0x7FFF)
 
 
 @triton.jit
@@ -135,6 +142,7 @@ def _ranked_tokens(p_row, p_position, o_c, num, first, whole):
 def _settle_kernel(
     scores_ptr,
     slots_ptr,
+    starts_ptr,
     seq_lens_ptr,
     budgets_ptr,
     sinks_ptr,
@@ -143,11 +151,12 @@ def _settle_kernel(
     positions_ptr,
     indices_ptr,
     scores_stride,
-    slots_stride,
     indices_stride,
     H: tl.constexpr,
     NC: tl.constexpr,
     NK: tl.constexpr,
+    LEAST: tl.constexpr,
+    MOST: tl.constexpr,
     CAPACITY: tl.constexpr,
 ):
     i_r = tl.program_id(0)
@@ -156,7 +165,7 @@ def _settle_kernel(
     sink, recent = tl.load(sinks_ptr + i_b), tl.load(recents_ptr + i_b)
     count = tl.load(counts_ptr + i_r)
     p_row = scores_ptr + i_r.to(tl.int64) * scores_stride
-    p_slot = slots_ptr + i_b.to(tl.int64) * slots_stride
+    p_slot = slots_ptr + tl.load(starts_ptr + i_b)
     p_index = indices_ptr + i_r.to(tl.int64) * indices_stride
     p_position = positions_ptr + i_r.to(tl.int64) * CAPACITY
     # Every load that depends on nothing else is under way before the first is needed.
@@ -164,6 +173,7 @@ def _settle_kernel(
     m_c = o_c < tl.minimum(count, NC)
     b_pos = tl.load(p_position + o_c, mask=m_c, other=0)
     b_key = _order_key(tl.load(p_row + b_pos, mask=m_c, other=0.0))
+    b_key = tl.where(m_c, b_key, LEAST)
     # The tokens that need no ranking: sink and recent, or all of a short row.
     short = seq_len <= budget
     num_kept = tl.where(short, seq_len, sink + recent)
@@ -176,14 +186,14 @@ def _settle_kernel(
     enough = (count >= wanted) & (count <= CAPACITY)
     if (short == 0) & enough & (count <= NC):
         # Bisect for the greatest key that at least `wanted` candidates reach.
-        lower = tl.min(tl.where(m_c, b_key, 0x7FFFFFFF), axis=0).to(tl.int64)
-        upper = tl.max(tl.where(m_c, b_key, -0x7FFFFFFF - 1), axis=0).to(tl.int64)
+        lower = tl.min(tl.where(m_c, b_key, MOST), axis=0)
+        upper = tl.max(b_key, axis=0)
         while lower < upper:
             middle = lower + (upper - lower + 1) // 2
-            reach = tl.sum((m_c & (b_key >= middle)).to(tl.int32), axis=0)
+            reach = tl.sum((b_key >= middle).to(tl.int32), axis=0)
             lower, upper = _bisect(lower, upper, middle, reach, wanted)
         # Ties are counted in the upper half of the word, so that one scan serves both.
-        b_above, b_tie = m_c & (b_key > lower), m_c & (b_key == lower)
+        b_above, b_tie = b_key > lower, b_key == lower
         b_one = b_above.to(tl.int32) + (b_tie.to(tl.int32) << 16)
         b_scan = tl.cumsum(b_one, axis=0) - b_one
         num_above = tl.sum(b_above.to(tl.int32), axis=0)
@@ -194,8 +204,8 @@ def _settle_kernel(
     if (short == 0) & ((enough == 0) | (count > NC)):
         whole = enough == 0
         num = tl.where(whole, seq_len - sink - recent, count)
-        lower = tl.full([], -0x7FFFFFFF - 1, tl.int64)
-        upper = tl.full([], 0x7FFFFFFF, tl.int64)
+        lower = tl.full([], LEAST, tl.int32)
+        upper = tl.full([], MOST, tl.int32)
         while lower < upper:
             middle = lower + (upper - lower + 1) // 2
             reach = 0
@@ -230,10 +240,16 @@ class SelectionBuffers:
         self.counts = torch.zeros(rows, dtype=torch.int32, device=device)
         self.positions = torch.empty(rows, CAPACITY, dtype=torch.int32, device=device)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(x.nbytes for x in vars(self).values())
+
 
 def select_tokens(
     scores: ScoreBuffers,
     slots: torch.Tensor,
+    starts: torch.Tensor,
     seq_lens: torch.Tensor,
     budgets: torch.Tensor,
     sinks: torch.Tensor,
@@ -248,7 +264,8 @@ def select_tokens(
 
     Args:
         scores: What ``token_importance`` left.
-        slots: Position to slot, ``[B, >= longest]``, int32.
+        slots: Position to slot, request after request, ``[>= all tokens]``, int32.
+        starts: Where each request's slots begin, ``[>= B]``, int32.
         seq_lens: Tokens of each request, ``[B]``, int32.
         budgets: Tokens to keep, sink and recent among them, ``[B]``, int32; more than
             ``sinks + recents``, at most ``indices.shape[1]``.
@@ -273,7 +290,7 @@ def select_tokens(
         H=num_kv_heads,
         NB=NUM_BINS,
         SAMPLE=min(max(sample, SMALLEST_SAMPLE), LARGEST_SAMPLE),
-        SECTOR=SECTOR,
+        GROUP=GROUP,
         CAUTION=CAUTION,
         num_warps=8 if rows <= MANY_ROWS else 4,
     )
@@ -294,16 +311,19 @@ def select_tokens(
     _settle_kernel[(rows,)](
         scores.scores,
         slots,
+        starts,
         *lengths,
         buffers.counts,
         buffers.positions,
         indices,
         scores.scores.stride(0),
-        slots.stride(0),
         indices.stride(0),
         H=num_kv_heads,
         NC=IN_REGISTERS,
         NK=64,
+        # Past every order key.
+        LEAST=-(2**16),
+        MOST=2**16,
         CAPACITY=CAPACITY,
         # Many rows keep the GPU busy with few warps each; few rows need many to be quick.
         num_warps=8 if rows <= MANY_ROWS else 2,

@@ -92,7 +92,7 @@ def test_bad_settings_are_refused(change: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("num_fcs", [-1, 0, 17, 100])
 def test_chunks_that_are_not_there_are_refused(tiny: Any, num_fcs: int) -> None:
-    """Zero was once taken for "not given" and became a quarter without a word."""
+    """Zero was once taken for "not given" and became the default without a word."""
     with pytest.raises(CalibrationError, match=f"16 frequency chunks, got {num_fcs}"):
         calibrate_tiny(tiny, replace(SMALL, num_fcs=num_fcs))
 

@@ -39,7 +39,13 @@ class Batch:
         return self.k_cache.shape[1]
 
     def labels(self, dims: torch.Tensor) -> torch.Tensor:
-        return reference.pack_labels(self.k_cache, dims)
+        return plain_labels(self.k_cache, dims)
+
+
+def plain_labels(k: torch.Tensor, dims: torch.Tensor) -> torch.Tensor:
+    """Labels of mean 0 and scale 1."""
+    zeros = torch.zeros(dims.shape)
+    return reference.pack_labels(k, dims, zeros, zeros + 1, torch.float32)
 
 
 def make_batch(
@@ -97,6 +103,7 @@ def test_fasa_decode_with_budget_of_at_least_the_length_is_dense(
         batch.v_cache,
         batch.labels(dims),
         dims,
+        torch.ones(dims.shape),
         batch.slots,
         batch.seq_lens,
         budget=max(seq_lens) + extra,
@@ -118,17 +125,50 @@ def test_token_importance_over_all_dims_is_the_mean_logit(
         batch.q,
         batch.labels(dims),
         dims,
+        torch.ones(dims.shape),
         batch.slots,
         batch.seq_lens,
         sm_scale=batch.sm_scale,
         combine="mean",
     )
     for b, seq_len in enumerate(seq_lens):
-        keys = batch.k_cache[batch.slots[b, :seq_len].long()]
+        # The last token is the current one: its key is stored, its label is not.
+        keys = batch.k_cache[batch.slots[b, : seq_len - 1].long()]
         queries = batch.q[b].unflatten(0, (num_kv_heads, group)).mean(dim=1)
         expected = torch.einsum("hd,lhd->hl", queries, keys) * batch.sm_scale
-        torch.testing.assert_close(scores[b, :, :seq_len], expected, rtol=1e-4, atol=1e-5)
-        assert (scores[b, :, seq_len:] == -torch.inf).all()
+        torch.testing.assert_close(scores[b, :, : seq_len - 1], expected, rtol=1e-4, atol=1e-5)
+        assert (scores[b, :, seq_len - 1 :] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16], ids=str)
+def test_scaled_labels_rank_like_plain_ones(dtype: torch.dtype) -> None:
+    """Keys far off zero and of very different sizes; the mean shifts all scores alike."""
+    batch = make_batch((64,), 2, 2, 16)
+    sizes = torch.logspace(-2, 2, 16)
+    keys = batch.k_cache * sizes + 20 * sizes
+    dims = first_dims(batch, 8)
+    owned = batch.slots[0, :64].long()
+    mean = keys[owned].mean(dim=0).gather(-1, dims)
+    scale = (keys[owned] - keys[owned].mean(dim=0)).abs().amax(dim=0).gather(-1, dims)
+    labels = reference.pack_labels(keys, dims, mean, scale, dtype)
+
+    def scores(labels: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return reference.token_importance(
+            batch.q / sizes,
+            labels,
+            dims,
+            scale,
+            batch.slots,
+            batch.seq_lens,
+            sm_scale=1.0,
+            combine="mean",
+        )[..., :63]
+
+    plain = scores(plain_labels(keys, dims), torch.ones(dims.shape))
+    packed = scores(labels, scale)
+    plain, packed = (x - x.mean(dim=-1, keepdim=True) for x in (plain, packed))
+    correlation = (plain * packed).sum(-1) / (plain.norm(dim=-1) * packed.norm(dim=-1))
+    assert (correlation > 0.999).all()
 
 
 @pytest.mark.parametrize(("seq_lens", "num_kv_heads", "group", "head_dim"), CASES)
@@ -141,7 +181,14 @@ def test_token_importance_reads_only_the_dominant_dims(
 
     def scores(q: torch.Tensor) -> torch.Tensor:
         return reference.token_importance(
-            q, labels, dims, batch.slots, batch.seq_lens, sm_scale=1.0, combine="nrm"
+            q,
+            labels,
+            dims,
+            torch.ones(dims.shape),
+            batch.slots,
+            batch.seq_lens,
+            sm_scale=1.0,
+            combine="nrm",
         )
 
     changed = batch.q.unflatten(1, (num_kv_heads, group)).clone()
@@ -182,8 +229,9 @@ def test_permuting_slots_changes_nothing(
             batch.q,
             k,
             v,
-            reference.pack_labels(k, dims),
+            plain_labels(k, dims),
             dims,
+            torch.ones(dims.shape),
             slots if permute else batch.slots,
             batch.seq_lens,
             budget=6,

@@ -1,0 +1,25 @@
+"""``fasa bench``: ``ops`` measures the kernels, ``serve`` the server around them."""
+
+from __future__ import annotations
+
+import argparse
+
+from fasa_sglang.workloads import bench_ops, bench_serve
+
+PARTS = {"ops": bench_ops, "serve": bench_serve}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    subparsers = parser.add_subparsers(dest="what", required=True, metavar="ops|serve")
+    for name, module in PARTS.items():
+        module.add_arguments(subparsers.add_parser(name, description=module.__doc__))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the command.
+
+    Raises:
+        FasaError: It cannot be measured here, or a result is wrong.
+    """
+    PARTS[args.what].run(args)

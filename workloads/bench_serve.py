@@ -1,0 +1,264 @@
+"""``fasa bench serve``: the same requests to SGLang's own backend and to ``fasa``.
+
+Both engines run in this command, one after the other, with the same settings. TTFT is the time of
+a cold prompt's first token. For TPOT all prompts are in the prefix cache, so that the whole batch
+decodes at once: the time of ``N`` tokens less that of one token, over ``N - 1``.
+
+SGLang's own client (``sglang.benchmark``) can neither send ``custom_params`` nor do without a
+tokenizer, so the requests are sent here; what is measured is the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fasa_sglang import __version__
+from fasa_sglang.dominant_fcs import DominantFCs, ModelShape
+from fasa_sglang.errors import FasaError
+from fasa_sglang.workloads.engine import flush_cache, running_engine
+from fasa_sglang.workloads.models import SHAPES, load_config, smollm2, write_shape
+from fasa_sglang.workloads.plots import plot_speedup
+
+DEFAULT_CASES = {
+    "llama3.1-8b": "1x1024,8x1024,1x32768,32x8192,8x32768,12x32768,1x131072",
+    "qwen3-8b": "1x1024,8x1024,1x32768,32x8192,8x32768",
+    "smollm2": "1x1024,1x8064,8x8064",
+}
+# Share of the chunks in a label, and its type.
+LABELS = {"quarter-fp8": (4, "fp8"), "half-fp8": (2, "fp8"), "quarter-bf16": (4, "bf16")}
+REPEATS = 3
+
+
+@dataclass
+class Row:
+    """One batch shape on one backend. Times in milliseconds."""
+
+    batch_size: int
+    prompt_len: int
+    backend: str
+    fasa: bool
+    ttft_ms: float
+    tpot_ms: float
+    tokens_per_s: float
+    kv_read_ratio: float | None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    shapes = (*SHAPES, "smollm2")
+    parser.add_argument("--shape", choices=shapes, default="llama3.1-8b", help="see README")
+    parser.add_argument("--cases", help="BATCHxTOKENS,...; the context holds prompt and output")
+    parser.add_argument("--budget", type=int, default=2048, help="tokens per (request, KV head)")
+    parser.add_argument("--labels", choices=tuple(LABELS), default="half-fp8")
+    parser.add_argument("--combine", choices=("mean", "nrm"), default="mean")
+    parser.add_argument("--output-tokens", type=int, default=128, help="tokens timed per request")
+    parser.add_argument("--json", metavar="FILE", help="write the rows as JSON")
+    parser.add_argument("--plot", metavar="FILE", help="draw speed-up against context as PNG")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the command.
+
+    Raises:
+        FasaError: The model cannot be had or served.
+    """
+    console, log = Console(width=150), Console(stderr=True)
+    cases = [
+        (int(batch), int(tokens))
+        for batch, tokens in (
+            case.split("x") for case in (args.cases or DEFAULT_CASES[args.shape]).split(",")
+        )
+    ]
+    with tempfile.TemporaryDirectory() as work:
+        model, overrides = _model(args.shape, Path(work))
+        calibration = str(Path(work) / "calibration.safetensors")
+        shape = ModelShape.from_config(load_config(model))
+        parts, label_dtype = LABELS[args.labels]
+        _any_chunks(shape, shape.rope.num_chunks // parts).save(calibration)
+        settings = {
+            "calibration": calibration,
+            "budget": args.budget,
+            "max_budget": args.budget,
+            "label_dtype": label_dtype,
+            "combine": args.combine,
+        }
+        overrides |= {
+            "skip_tokenizer_init": True,
+            "max_running_requests": max(batch for batch, _ in cases),
+            "cuda_graph_bs_decode": sorted({batch for batch, _ in cases}),
+        }
+        rows = []
+        for fasa in (None, settings):
+            log.print(f"starting SGLang with {'its own backend' if fasa is None else 'fasa'}")
+            with running_engine(model, fasa, **overrides) as engine:
+                if args.shape in SHAPES:
+                    _spread_keys(engine, SHAPES[args.shape])
+                rows += _measure(engine, cases, fasa is not None, args.output_tokens, log)
+    console.print(
+        f"{args.shape}, budget {args.budget}, labels {args.labels}, combine {args.combine}, "
+        f"{_device()}, sglang {version('sglang')}"
+    )
+    console.print(_table(rows))
+    if args.json:
+        report = {
+            "fasa_sglang": __version__,
+            "sglang": version("sglang"),
+            "torch": torch.__version__,
+            "device": _device(),
+            "shape": args.shape,
+            "settings": {**settings, "calibration": args.labels},
+            "rows": [asdict(row) for row in rows],
+        }
+        Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
+    if args.plot:
+        dense = {_case(row): row for row in rows if row.backend != "fasa"}
+        points = [
+            (f"batch {row.batch_size}", row.prompt_len, dense[_case(row)].tpot_ms / row.tpot_ms)
+            for row in rows
+            if row.fasa
+        ]
+        plot_speedup(points, "time per token, times SGLang's own backend", args.plot)
+
+
+def _device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def _case(row: Row) -> tuple[int, int]:
+    return row.batch_size, row.prompt_len
+
+
+def _model(shape: str, work: Path) -> tuple[str, dict[str, Any]]:
+    """A folder to serve, and what SGLang has to be told about it."""
+    if shape not in SHAPES:
+        return str(smollm2()), {}
+    write_shape(shape, work / shape)
+    return str(work / shape), {"load_format": "dummy", "mem_fraction_static": 0.9}
+
+
+def _any_chunks(shape: ModelShape, num_fcs: int) -> DominantFCs:
+    """A calibration for random weights: any chunks will do, and the spread of random keys."""
+    heads = (shape.num_layers, shape.num_kv_heads)
+    chunks = shape.rope.num_chunks
+    ranking = torch.arange(chunks, dtype=torch.int16).expand(*heads, chunks)
+    dims = torch.zeros(*heads, shape.rope.head_dim)
+    return DominantFCs(
+        model=shape,
+        num_fcs=num_fcs,
+        ranking=ranking,
+        score=torch.zeros(*heads, chunks),
+        k_mean=dims,
+        k_scale=dims + 1,
+    )
+
+
+def _spread_keys(engine: Any, shape: dict[str, Any]) -> None:
+    """Give every token of the vocabulary its own hidden state, and so its own keys.
+
+    SGLang's dummy weights are so small that attention's average drowns the tokens: all keys of a
+    request become equal, and so do all scores, which no real model does.
+    """
+    generator = torch.Generator().manual_seed(0)
+    size = (shape["vocab_size"], shape["hidden_size"])
+    embedding = torch.randn(size, generator=generator).bfloat16()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    update = [("model.embed_tokens.weight", embedding.to(device))]
+    done = engine.update_weights_from_tensor(update)
+    if not done[0]:
+        raise FasaError(f"SGLang did not take the spread embedding: {done[1]}")
+
+
+def _measure(
+    engine: Any, cases: list[tuple[int, int]], fasa: bool, output_tokens: int, log: Console
+) -> list[Row]:
+    rows = []
+    for batch_size, context in cases:
+        prompt_len = context - output_tokens
+        draw = random.Random(0)
+        prompts = [
+            [draw.randrange(1000, 40000) for _ in range(prompt_len)] for _ in range(batch_size)
+        ]
+        ttft_ms = _ttft(engine, prompts, fasa)
+        for on in (False, True) if fasa else (False,):
+            tpot_ms, ratio = _tpot(engine, prompts, on, output_tokens)
+            row = Row(
+                batch_size,
+                context,
+                "fasa" if fasa else "dense",
+                on,
+                ttft_ms,
+                tpot_ms,
+                batch_size * 1e3 / tpot_ms,
+                ratio,
+            )
+            log.print(f"  {batch_size} x {context}, fasa {on}: {tpot_ms:.2f} ms per token")
+            rows.append(row)
+    return rows
+
+
+def _ttft(engine: Any, prompts: list[list[int]], fasa: bool) -> float:
+    """Median time of the first token of all cold prompts; leaves them in the prefix cache."""
+    times = []
+    for _ in range(REPEATS):
+        flush_cache(engine)
+        times.append(_generate(engine, prompts, fasa, 1)[0])
+    return statistics.median(times) * 1e3
+
+
+def _tpot(
+    engine: Any, prompts: list[list[int]], fasa: bool, output_tokens: int
+) -> tuple[float, float | None]:
+    times = []
+    for _ in range(REPEATS):
+        first, _ = _generate(engine, prompts, fasa, 1)
+        whole, replies = _generate(engine, prompts, fasa, output_tokens)
+        times.append((whole - first) / (output_tokens - 1))
+    report = replies[0]["meta_info"].get("fasa")
+    return statistics.median(times) * 1e3, None if report is None else report["kv_read_ratio"]
+
+
+def _generate(
+    engine: Any, prompts: list[list[int]], fasa: bool, max_new_tokens: int
+) -> tuple[float, list[dict[str, Any]]]:
+    params = {
+        "temperature": 0,
+        "max_new_tokens": max_new_tokens,
+        "ignore_eos": True,
+        "custom_params": {"fasa": fasa},
+    }
+    start = time.perf_counter()
+    replies = engine.generate(input_ids=prompts, sampling_params=params)
+    return time.perf_counter() - start, replies
+
+
+def _table(rows: list[Row]) -> Table:
+    dense = {_case(row): row for row in rows if row.backend != "fasa"}
+    table = Table(title="medians; speed-up over SGLang's own backend")
+    for column in ("batch", "tokens", "backend", "TTFT ms", "TPOT ms", "tokens/s", "KV read", "x"):
+        table.add_column(column, justify="right")
+    for row in sorted(rows, key=_case):
+        name = row.backend if row.backend != "fasa" else f"fasa {'on' if row.fasa else 'off'}"
+        table.add_row(
+            str(row.batch_size),
+            str(row.prompt_len),
+            name,
+            f"{row.ttft_ms:.0f}",
+            f"{row.tpot_ms:.2f}",
+            f"{row.tokens_per_s:.0f}",
+            "" if row.kv_read_ratio is None else f"{row.kv_read_ratio:.3f}",
+            f"{dense[_case(row)].tpot_ms / row.tpot_ms:.2f}",
+        )
+    return table
