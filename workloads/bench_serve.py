@@ -27,8 +27,7 @@ from rich.table import Table
 
 from fasa_sglang import __version__
 from fasa_sglang.dominant_fcs import DominantFCs, ModelShape
-from fasa_sglang.errors import FasaError
-from fasa_sglang.workloads.engine import flush_cache, running_engine
+from fasa_sglang.workloads.engine import flush_cache, running_engine, update_weights
 from fasa_sglang.workloads.models import SHAPES, load_config, smollm2, write_shape
 from fasa_sglang.workloads.plots import plot_speedup
 
@@ -40,7 +39,10 @@ DEFAULT_CASES = {
 # Share of the chunks in a label, and its type.
 LABELS = {"quarter-fp8": (4, "fp8"), "half-fp8": (2, "fp8"), "quarter-bf16": (4, "bf16")}
 REPEATS = 3
+# Largest key of a model with dummy weights and spread embeddings.
+KEY_SPREAD = 0.15
 SHORT_PREFILL = 65536
+SHORT_PROMPT = 2048
 
 
 @dataclass
@@ -162,24 +164,28 @@ def _any_chunks(shape: ModelShape, num_fcs: int) -> DominantFCs:
         ranking=ranking,
         score=torch.zeros(*heads, chunks),
         k_mean=dims,
-        k_scale=dims + 1,
+        k_scale=dims + KEY_SPREAD,
     )
 
 
 def _spread_keys(engine: Any, shape: dict[str, Any]) -> None:
     """Give every token of the vocabulary its own hidden state, and so its own keys.
 
-    SGLang's dummy weights are so small that attention's average drowns the tokens: all keys of a
-    request become equal, and so do all scores, which no real model does.
+    SGLang's dummy weights are so small, those of the norms included, that attention's average
+    drowns the tokens: all keys of a request become equal, and so do all scores, which no real
+    model does.
     """
+    hidden, head_dim = shape["hidden_size"], shape["head_dim"]
     generator = torch.Generator().manual_seed(0)
-    size = (shape["vocab_size"], shape["hidden_size"])
-    embedding = torch.randn(size, generator=generator).bfloat16()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    update = [("model.embed_tokens.weight", embedding.to(device))]
-    done = engine.update_weights_from_tensor(update)
-    if not done[0]:
-        raise FasaError(f"SGLang did not take the spread embedding: {done[1]}")
+    embedding = torch.randn(shape["vocab_size"], hidden, generator=generator).bfloat16()
+    weights = {"model.embed_tokens.weight": embedding, "model.norm.weight": torch.ones(hidden)}
+    for i in range(shape["num_hidden_layers"]):
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            weights[f"model.layers.{i}.{norm}.weight"] = torch.ones(hidden)
+        if shape["model_type"] == "qwen3":
+            for norm in ("q_norm", "k_norm"):
+                weights[f"model.layers.{i}.self_attn.{norm}.weight"] = torch.ones(head_dim)
+    update_weights(engine, {name: weight.bfloat16() for name, weight in weights.items()})
 
 
 def _measure(
@@ -193,7 +199,9 @@ def _measure(
             [draw.randrange(1000, 40000) for _ in range(prompt_len)] for _ in range(batch_size)
         ]
         ttft_ms = _ttft(engine, prompts, fasa)
-        for on in (False, True) if fasa else (False,):
+        # Switched off, only the fixed costs matter, which weigh most in short steps.
+        off = not fasa or prompt_len <= SHORT_PROMPT
+        for on in (False, True)[not off : 1 + fasa]:
             tpot_ms, ratio = _tpot(engine, prompts, on, output_tokens)
             row = Row(
                 batch_size,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -87,3 +87,23 @@ def flush_cache(engine: Any, timeout_sec: float = 10.0) -> None:
                 "replies before flushing the prefix cache"
             )
         time.sleep(0.01)
+
+
+def update_weights(engine: Any, weights: Mapping[str, torch.Tensor]) -> None:
+    """Replace some weights of a running engine; names as in the model's checkpoint.
+
+    Raises:
+        FasaError: SGLang refuses them.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sessions = hasattr(engine, "begin_weight_update")  # SGLang 0.5.20 and later
+    if sessions:
+        engine.begin_weight_update()
+    done = engine.update_weights_from_tensor(
+        [(name, weight.to(device)) for name, weight in weights.items()]
+    )
+    if sessions:
+        engine.end_weight_update()
+    success, why = done[:2]
+    if not success:
+        raise FasaError(f"SGLang did not take the weights {', '.join(weights)}: {why}")

@@ -17,7 +17,8 @@ from fasa_sglang.ops.reference import FP8_MAX
 KEY_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
-@triton.jit
+# New slots are a slice of SGLang's free list, aligned by chance; one kernel serves all.
+@triton.jit(do_not_specialize_on_alignment=["slots_ptr"])
 def _label_write_kernel(
     k_ptrs_ptr,
     dims_ptr,

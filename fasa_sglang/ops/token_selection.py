@@ -5,8 +5,9 @@ row then collects all that reach the guess, somewhat more than the budget, and o
 row settles the exact set among them. Blocks share long rows, which FlashInfer's top-k gives to one
 block each, and every row may have its own budget.
 
-The guess decides only how fast it goes. Where it was too high (about once in a million rows), or
-so low that too many tokens reach it (a row of ties), the last step ranks the whole row.
+The guess is a score of the row, and tokens that equal it are collected apart from those above it,
+so that a row of ties is as quick as any. The guess decides only how fast it goes. Where it was too
+high (about once in a million rows), or far too low, the last step ranks the whole row.
 Reference: ``ops.reference.select_tokens``.
 """
 
@@ -19,19 +20,39 @@ import triton.language as tl
 from fasa_sglang.ops.token_importance import ScoreBuffers
 
 NUM_BINS = 128
-# The guess looks at one score in so many of the longest row, in groups of 16 bytes;
-# at no fewer and no more than so many.
+# The guess looks at one score in so many, in groups of 16 bytes; in so many at once, and at most so
+# many times that.
 SAMPLED = 16
-SMALLEST_SAMPLE, LARGEST_SAMPLE = 2048, 8192
+SAMPLE = 2048
+MOST_SAMPLES = 4
 GROUP = 8
 # Standard deviations by which the guess errs on the low side.
 CAUTION = 5.0
-# Candidates a row has room for, and how many of them the last step holds in registers.
-CAPACITY = 16384
+# Candidates above and at the guess that a row has room for, and how many of both the last step
+# holds in registers.
+ROOM = 8192
 IN_REGISTERS = 4096
+# Steps that look for the threshold where the counts point to, before halving takes over.
+POINTED_STEPS = 8
 # A tile of one warp, whose scan needs no barrier.
 BLOCK_TOKENS = 512
 MANY_ROWS = 256
+
+
+@triton.jit
+def _order_key(b_x):
+    """Map float16 to int32 in the same order."""
+    b_key = b_x.to(tl.int16, bitcast=True).to(tl.int32)
+    return b_key ^ ((b_key >> 15) & 0x7FFF)
+
+
+@triton.jit
+def _sample(p_row, i_n, stride, sink, end, SAMPLE: tl.constexpr, GROUP: tl.constexpr):
+    """The ``i_n``-th part of a row's sample."""
+    o_i = i_n * SAMPLE + tl.arange(0, SAMPLE)
+    o_t = (o_i // GROUP) * (GROUP * stride) + o_i % GROUP
+    m_free = (o_t >= sink) & (o_t < end)
+    return m_free, tl.load(p_row + o_t, mask=m_free, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -45,36 +66,52 @@ def _guess_kernel(
     scores_stride,
     H: tl.constexpr,
     NB: tl.constexpr,
+    SAMPLED: tl.constexpr,
     SAMPLE: tl.constexpr,
+    MOST: tl.constexpr,
     GROUP: tl.constexpr,
     CAUTION: tl.constexpr,
 ):
-    """A score that surely enough tokens of a row reach, and few more."""
+    """A score of a row that surely enough of its tokens reach, and few more."""
     i_r = tl.program_id(0)
     i_b = i_r // H
     seq_len, budget = tl.load(seq_lens_ptr + i_b), tl.load(budgets_ptr + i_b)
     if seq_len <= budget:
         return
-    sink, recent = tl.load(sinks_ptr + i_b), tl.load(recents_ptr + i_b)
-    stride = tl.cdiv(seq_len, SAMPLE)
-    o_i = tl.arange(0, SAMPLE)
-    o_t = (o_i // GROUP) * (GROUP * stride) + o_i % GROUP
-    m_free = (o_t >= sink) & (o_t < seq_len - recent)
-    b_score = tl.load(
-        scores_ptr + i_r.to(tl.int64) * scores_stride + o_t, mask=m_free, other=float("-inf")
-    ).to(tl.float32)
-    high = tl.max(b_score, axis=0)
-    low = tl.min(tl.where(m_free, b_score, high), axis=0)
+    sink, end = tl.load(sinks_ptr + i_b), seq_len - tl.load(recents_ptr + i_b)
+    p_row = scores_ptr + i_r.to(tl.int64) * scores_stride
+    parts = tl.minimum(tl.cdiv(seq_len, SAMPLED * SAMPLE), MOST)
+    stride = tl.cdiv(seq_len, parts * SAMPLE)
+    b_high = tl.full([SAMPLE], float("-inf"), tl.float32)
+    b_low = tl.full([SAMPLE], float("inf"), tl.float32)
+    num = 0
+    for i_n in range(parts):
+        m_free, b_score = _sample(p_row, i_n, stride, sink, end, SAMPLE, GROUP)
+        b_high = tl.where(m_free, tl.maximum(b_high, b_score), b_high)
+        b_low = tl.where(m_free, tl.minimum(b_low, b_score), b_low)
+        num += tl.sum(m_free.to(tl.int32), axis=0)
+    high, low = tl.max(b_high, axis=0), tl.min(b_low, axis=0)
     width = tl.maximum((high - low) / NB, 1e-30)
-    b_bin = tl.minimum(((tl.where(m_free, b_score, low) - low) / width).to(tl.int32), NB - 1)
-    b_count = tl.histogram(b_bin, NB, mask=m_free)
-    b_reach = tl.sum(b_count, axis=0) - tl.cumsum(b_count, axis=0) + b_count
+    b_count = tl.zeros([NB], tl.int32)
+    for i_n in range(parts):
+        m_free, b_score = _sample(p_row, i_n, stride, sink, end, SAMPLE, GROUP)
+        b_bin = tl.minimum(((tl.where(m_free, b_score, low) - low) / width).to(tl.int32), NB - 1)
+        b_count += tl.histogram(b_bin, NB, mask=m_free)
+    b_reach = num - tl.cumsum(b_count, axis=0) + b_count
     # So many of the sample are expected among the best; their number varies like a Poisson's.
-    share = (budget - sink - recent) * tl.sum(m_free.to(tl.float32), axis=0)
-    share = share / tl.maximum(seq_len - sink - recent, 1)
+    share = (budget - sink - (seq_len - end)) * num.to(tl.float32)
+    share = share / tl.maximum(end - sink, 1)
     enough = share + CAUTION * tl.sqrt(share)
-    bin = tl.sum((b_reach >= enough).to(tl.int32), axis=0) - 1
-    tl.store(guesses_ptr + i_r, tl.where(bin <= 0, float("-inf"), low + width * bin))
+    bin = tl.maximum(tl.sum((b_reach >= enough).to(tl.int32), axis=0) - 1, 0)
+    # The least score of that bin and the ones above: nothing lies between it and the bin's edge.
+    b_guess = tl.full([SAMPLE], float("inf"), tl.float32)
+    for i_n in range(parts):
+        m_free, b_score = _sample(p_row, i_n, stride, sink, end, SAMPLE, GROUP)
+        b_bin = tl.minimum(((b_score - low) / width).to(tl.int32), NB - 1)
+        b_guess = tl.where(m_free & (b_bin >= bin), tl.minimum(b_guess, b_score), b_guess)
+    guess = tl.min(b_guess, axis=0)
+    # A sample that holds too few asks for the whole row.
+    tl.store(guesses_ptr + i_r, tl.where(tl.max(b_reach, axis=0) >= enough, guess, float("-inf")))
 
 
 @triton.jit
@@ -90,8 +127,9 @@ def _collect_kernel(
     scores_stride,
     H: tl.constexpr,
     BT: tl.constexpr,
-    CAPACITY: tl.constexpr,
+    ROOM: tl.constexpr,
 ):
+    """Positions above the guess from a row's front on, positions at the guess from its back."""
     i_s, i_r = tl.program_id(0), tl.program_id(1)
     i_b = i_r // H
     seq_len, budget = tl.load(seq_lens_ptr + i_b), tl.load(budgets_ptr + i_b)
@@ -100,25 +138,25 @@ def _collect_kernel(
     sink, recent = tl.load(sinks_ptr + i_b), tl.load(recents_ptr + i_b)
     guess = tl.load(guesses_ptr + i_r)
     p_row = scores_ptr + i_r.to(tl.int64) * scores_stride
-    offset = i_r.to(tl.int64) * CAPACITY
+    p_position = positions_ptr + i_r.to(tl.int64) * (2 * ROOM)
     for i_t in range(i_s, tl.cdiv(seq_len, BT), tl.num_programs(0)):
         o_t = i_t * BT + tl.arange(0, BT)
         m_free = (o_t >= sink) & (o_t < seq_len - recent)
         b_score = tl.load(p_row + o_t, mask=m_free, other=0.0).to(tl.float32)
-        b_in = (m_free & (b_score >= guess)).to(tl.int32)
+        m_above, m_at = m_free & (b_score > guess), m_free & (b_score == guess)
+        # Both are counted in one word, so that one scan serves both.
+        b_in = m_above.to(tl.int32) + (m_at.to(tl.int32) << 16)
         num_in = tl.sum(b_in, axis=0)
         if num_in > 0:
-            start = tl.atomic_add(counts_ptr + i_r, num_in, sem="relaxed")
-            b_place = start + tl.cumsum(b_in, axis=0) - b_in
-            m_in = (b_in == 1) & (b_place < CAPACITY)
-            tl.store(positions_ptr + offset + b_place, o_t, mask=m_in)
-
-
-@triton.jit
-def _order_key(b_x):
-    """Map float16 to int32 in the same order."""
-    b_key = b_x.to(tl.int16, bitcast=True).to(tl.int32)
-    return b_key ^ ((b_key >> 15) & 0x7FFF)
+            b_scan = tl.cumsum(b_in, axis=0) - b_in
+            start = tl.atomic_add(counts_ptr + 2 * i_r, num_in & 0xFFFF, sem="relaxed")
+            b_place = start + (b_scan & 0xFFFF)
+            tl.store(p_position + b_place, o_t, mask=m_above & (b_place < ROOM))
+            if num_in >= 0x10000:
+                start = tl.atomic_add(counts_ptr + 2 * i_r + 1, num_in >> 16, sem="relaxed")
+                b_place = start + (b_scan >> 16)
+                p_back = p_position + 2 * ROOM - 1 - b_place
+                tl.store(p_back, o_t, mask=m_at & (b_place < ROOM))
 
 
 @triton.jit
@@ -129,13 +167,23 @@ def _bisect(lower, upper, middle, reach, wanted):
 
 
 @triton.jit
-def _ranked_tokens(p_row, p_position, o_c, num, first, whole):
-    """Positions and order keys of some candidates; of all free tokens if ``whole``."""
+def _candidates(p_row, p_position, o_c, num_above, num, ROOM: tl.constexpr):
+    """Positions and order keys of some candidates, those above the guess first."""
     m_c = o_c < num
-    b_pos = first + o_c
-    if whole == 0:
-        b_pos = tl.load(p_position + o_c, mask=m_c, other=0)
+    o_p = tl.where(o_c < num_above, o_c, 2 * ROOM - 1 + num_above - o_c)
+    b_pos = tl.load(p_position + o_p, mask=m_c, other=0)
     return m_c, b_pos, _order_key(tl.load(p_row + b_pos, mask=m_c, other=0.0))
+
+
+@triton.jit
+def _ranked(p_row, p_position, o_c, num_above, num, first, whole, ROOM: tl.constexpr):
+    """The same; or, if ``whole``, of all tokens from ``first`` on."""
+    if whole:
+        m_c, b_pos = o_c < num, first + o_c
+        b_key = _order_key(tl.load(p_row + b_pos, mask=m_c, other=0.0))
+    else:
+        m_c, b_pos, b_key = _candidates(p_row, p_position, o_c, num_above, num, ROOM)
+    return m_c, b_pos, b_key
 
 
 @triton.jit
@@ -157,22 +205,24 @@ def _settle_kernel(
     NK: tl.constexpr,
     LEAST: tl.constexpr,
     MOST: tl.constexpr,
-    CAPACITY: tl.constexpr,
+    POINTED: tl.constexpr,
+    ROOM: tl.constexpr,
 ):
     i_r = tl.program_id(0)
     i_b, i_h = i_r // H, i_r % H
     seq_len, budget = tl.load(seq_lens_ptr + i_b), tl.load(budgets_ptr + i_b)
     sink, recent = tl.load(sinks_ptr + i_b), tl.load(recents_ptr + i_b)
-    count = tl.load(counts_ptr + i_r)
+    num_above, num_at = tl.load(counts_ptr + 2 * i_r), tl.load(counts_ptr + 2 * i_r + 1)
     p_row = scores_ptr + i_r.to(tl.int64) * scores_stride
     p_slot = slots_ptr + tl.load(starts_ptr + i_b)
     p_index = indices_ptr + i_r.to(tl.int64) * indices_stride
-    p_position = positions_ptr + i_r.to(tl.int64) * CAPACITY
-    # Every load that depends on nothing else is under way before the first is needed.
+    p_position = positions_ptr + i_r.to(tl.int64) * (2 * ROOM)
+    wanted, written = budget - sink - recent, sink + recent
+    # As many of those at the guess as are missing; one is as good as another.
+    num_filling = tl.minimum(tl.maximum(wanted - num_above, 0), num_at)
+    count = num_above + num_filling
     o_c = tl.arange(0, NC)
-    m_c = o_c < tl.minimum(count, NC)
-    b_pos = tl.load(p_position + o_c, mask=m_c, other=0)
-    b_key = _order_key(tl.load(p_row + b_pos, mask=m_c, other=0.0))
+    m_c, b_pos, b_key = _candidates(p_row, p_position, o_c, num_above, tl.minimum(count, NC), ROOM)
     b_key = tl.where(m_c, b_key, LEAST)
     # The tokens that need no ranking: sink and recent, or all of a short row.
     short = seq_len <= budget
@@ -182,16 +232,27 @@ def _settle_kernel(
         b_kept = tl.where(short | (o_k < sink), o_k, seq_len - recent + o_k - sink)
         b_slot = tl.load(p_slot + b_kept, mask=o_k < num_kept, other=0)
         tl.store(p_index + o_k, b_slot * H + i_h, mask=o_k < num_kept)
-    wanted, written = budget - sink - recent, sink + recent
-    enough = (count >= wanted) & (count <= CAPACITY)
+    enough = (count >= wanted) & (num_above <= ROOM) & (num_filling <= ROOM)
     if (short == 0) & enough & (count <= NC):
-        # Bisect for the greatest key that at least `wanted` candidates reach.
+        # Look for the greatest key that at least `wanted` candidates reach: first where the counts
+        # at both ends point to, as the Illinois method does, then by halves.
         lower = tl.min(tl.where(m_c, b_key, MOST), axis=0)
-        upper = tl.max(b_key, axis=0)
+        upper = tl.where(count == wanted, lower, tl.max(b_key, axis=0))
+        over, under = (count - wanted).to(tl.float32), wanted.to(tl.float32)
+        side, step = 0, 0
         while lower < upper:
-            middle = lower + (upper - lower + 1) // 2
+            pointed = ((upper - lower + 1) * (over / (over + under))).to(tl.int32)
+            pointed = tl.minimum(tl.maximum(pointed, 1), upper - lower)
+            middle = lower + tl.where(step < POINTED, pointed, (upper - lower + 1) // 2)
             reach = tl.sum((b_key >= middle).to(tl.int32), axis=0)
+            rise = reach > wanted
+            # An end that stays for a second time counts half, or it would hold the search up.
+            over = tl.where(side < 0, over / 2, over)
+            under = tl.where(side > 0, under / 2, under)
+            over = tl.where(rise, (reach - wanted).to(tl.float32), over)
+            under = tl.where(rise, under, (wanted - reach).to(tl.float32))
             lower, upper = _bisect(lower, upper, middle, reach, wanted)
+            side, step = tl.where(rise, 1, -1), step + 1
         # Ties are counted in the upper half of the word, so that one scan serves both.
         b_above, b_tie = b_key > lower, b_key == lower
         b_one = b_above.to(tl.int32) + (b_tie.to(tl.int32) << 16)
@@ -210,16 +271,16 @@ def _settle_kernel(
             middle = lower + (upper - lower + 1) // 2
             reach = 0
             for i_t in range(0, tl.cdiv(num, NC)):
-                m_t, b_pos_t, b_key_t = _ranked_tokens(
-                    p_row, p_position, i_t * NC + o_c, num, sink, whole
+                m_t, b_pos_t, b_key_t = _ranked(
+                    p_row, p_position, i_t * NC + o_c, num_above, num, sink, whole, ROOM
                 )
                 reach += tl.sum((m_t & (b_key_t >= middle)).to(tl.int32), axis=0)
             lower, upper = _bisect(lower, upper, middle, reach, wanted)
         # All above the key first, then as many ties as still fit.
         for ties in range(2):
             for i_t in range(0, tl.cdiv(num, NC)):
-                m_t, b_pos_t, b_key_t = _ranked_tokens(
-                    p_row, p_position, i_t * NC + o_c, num, sink, whole
+                m_t, b_pos_t, b_key_t = _ranked(
+                    p_row, p_position, i_t * NC + o_c, num_above, num, sink, whole, ROOM
                 )
                 b_won = (m_t & tl.where(ties == 1, b_key_t == lower, b_key_t > lower)).to(tl.int32)
                 b_place_t = written + tl.cumsum(b_won, axis=0) - b_won
@@ -228,7 +289,8 @@ def _settle_kernel(
                 tl.store(p_index + b_place_t, b_slot_t * H + i_h, mask=m_won_t)
                 written += tl.sum(b_won, axis=0)
     # As the next layer's collecting expects it.
-    tl.store(counts_ptr + i_r, 0)
+    tl.store(counts_ptr + 2 * i_r, 0)
+    tl.store(counts_ptr + 2 * i_r + 1, 0)
 
 
 class SelectionBuffers:
@@ -237,8 +299,8 @@ class SelectionBuffers:
     def __init__(self, scores: ScoreBuffers) -> None:
         rows, device = scores.scores.shape[0], scores.scores.device
         self.guesses = torch.empty(rows, dtype=torch.float32, device=device)
-        self.counts = torch.zeros(rows, dtype=torch.int32, device=device)
-        self.positions = torch.empty(rows, CAPACITY, dtype=torch.int32, device=device)
+        self.counts = torch.zeros(rows, 2, dtype=torch.int32, device=device)
+        self.positions = torch.empty(rows, 2 * ROOM, dtype=torch.int32, device=device)
 
     @property
     def nbytes(self) -> int:
@@ -281,7 +343,6 @@ def select_tokens(
     rows = len(seq_lens) * num_kv_heads
     longest = scores.scores.shape[1]
     lengths = (seq_lens, budgets, sinks, recents)
-    sample = triton.next_power_of_2(longest // SAMPLED)
     _guess_kernel[(rows,)](
         scores.scores,
         *lengths,
@@ -289,7 +350,9 @@ def select_tokens(
         scores.scores.stride(0),
         H=num_kv_heads,
         NB=NUM_BINS,
-        SAMPLE=min(max(sample, SMALLEST_SAMPLE), LARGEST_SAMPLE),
+        SAMPLED=SAMPLED,
+        SAMPLE=SAMPLE,
+        MOST=MOST_SAMPLES,
         GROUP=GROUP,
         CAUTION=CAUTION,
         num_warps=8 if rows <= MANY_ROWS else 4,
@@ -305,7 +368,7 @@ def select_tokens(
         scores.scores.stride(0),
         H=num_kv_heads,
         BT=BLOCK_TOKENS,
-        CAPACITY=CAPACITY,
+        ROOM=ROOM,
         num_warps=1,
     )
     _settle_kernel[(rows,)](
@@ -324,7 +387,8 @@ def select_tokens(
         # Past every order key.
         LEAST=-(2**16),
         MOST=2**16,
-        CAPACITY=CAPACITY,
+        POINTED=POINTED_STEPS,
+        ROOM=ROOM,
         # Many rows keep the GPU busy with few warps each; few rows need many to be quick.
         num_warps=8 if rows <= MANY_ROWS else 2,
     )
