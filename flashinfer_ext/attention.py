@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import flashinfer
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 # FlashInfer's tensor-core decode is the one whose lengths may shrink on the device after planning.
 BACKEND = "fa2"
@@ -82,7 +84,7 @@ class ShrinkableDecode:
         last_page_len.copy_(before[1])
         self._planned: torch.Tensor | None = None
 
-    def plan(self, lengths: Sequence[int]) -> None:
+    def plan(self, lengths: Sequence[int] | NDArray[np.int32]) -> None:
         """Divide the work for rows of at most so many tokens; costs nothing while it still fits.
 
         Args:

@@ -83,6 +83,40 @@ def tiny_path(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture(scope="session")
+def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four random layers without a tokenizer, in a size that FlashInfer has kernels for."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    path = tmp_path_factory.mktemp("random")
+    config = LlamaConfig(
+        vocab_size=8192,
+        hidden_size=256,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=16384,
+        initializer_range=0.1,
+    )
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    LlamaForCausalLM(config).to(dtype).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def random_calibration(random_model: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    from fasa_sglang.dominant_fcs import ModelShape
+    from fasa_sglang.workloads.models import any_chunks, load_config
+
+    shape = ModelShape.from_config(load_config(str(random_model)))
+    path = tmp_path_factory.mktemp("calibration") / "random.safetensors"
+    any_chunks(shape, 16).save(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
 def tiny_calibration(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     from fasa_sglang.calibration import corpus
     from fasa_sglang.calibration.calibrate import CalibrationSettings, calibrate, load_model

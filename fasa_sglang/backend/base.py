@@ -16,6 +16,17 @@ from fasa_sglang.config import FasaConfig
 logger = logging.getLogger(__name__)
 
 
+class Variant(enum.Enum):
+    """What the lanes of a decode batch do."""
+
+    DENSE = "dense"
+    """All attend to everything."""
+    SPARSE = "sparse"
+    """All select."""
+    MIXED = "mixed"
+    """Some select, or attend to their whole prompt and select the rest."""
+
+
 class FasaBackend:
     """Mixed into an attention backend of SGLang.
 
@@ -26,13 +37,13 @@ class FasaBackend:
         num_layers: Layers of the whole model.
         label_cache: Labels of this rank's layers and heads.
         variants: Kinds of decode batches that get CUDA graphs of their own; none without graphs.
-        variant: Kind of the coming batch, one of ``variants``.
+        variant: Kind of the coming batch.
         capturing: The kind that graphs are being captured for, else None.
     """
 
-    variants: tuple[enum.Enum, ...] = ()
-    variant: enum.Enum | None = None
-    capturing: enum.Enum | None = None
+    variants: tuple[Variant, ...] = ()
+    variant = Variant.DENSE
+    capturing: Variant | None = None
 
     def start_fasa(self, runner: Any, config: FasaConfig) -> None:
         """Load the calibration and make room for labels.

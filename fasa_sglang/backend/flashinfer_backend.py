@@ -10,14 +10,13 @@ cheapest one that covers it, so that a batch without FASA pays for writing label
 from __future__ import annotations
 
 import dataclasses
-import enum
 import logging
 from typing import Any
 
 import torch
 from sglang.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend
 
-from fasa_sglang.backend.base import FasaBackend
+from fasa_sglang.backend.base import FasaBackend, Variant
 from fasa_sglang.backend.lane_table import LaneTable
 from fasa_sglang.backend.scratch import Scratch
 from fasa_sglang.config import FasaConfig
@@ -33,17 +32,6 @@ from fasa_sglang.ops.token_selection import select_tokens
 logger = logging.getLogger(__name__)
 
 
-class Variant(enum.Enum):
-    """What the lanes of a decode batch do."""
-
-    DENSE = "dense"
-    """All attend to everything."""
-    SPARSE = "sparse"
-    """All select."""
-    MIXED = "mixed"
-    """Some select, or attend to their whole prompt and select the rest."""
-
-
 class FasaFlashInferAttnBackend(FasaBackend, FlashInferAttnBackend):
     """Dense prefill, sparse decode for the lanes that ask for it.
 
@@ -55,6 +43,8 @@ class FasaFlashInferAttnBackend(FasaBackend, FlashInferAttnBackend):
         FasaError: The calibration is missing, broken or of another model.
     """
 
+    forward_metadata: Any
+
     def __init__(self, runner: Any, config: FasaConfig) -> None:
         super().__init__(runner, init_new_workspace=runner.init_new_workspace)
         self.start_fasa(runner, config)
@@ -63,7 +53,6 @@ class FasaFlashInferAttnBackend(FasaBackend, FlashInferAttnBackend):
         self.num_kv_heads, self.head_dim = self.token_to_kv_pool.k_buffer[0].shape[1:]
         self.longest = min(self.max_context_len, self.token_to_kv_pool.size)
         self.variants = tuple(Variant)
-        self.variant = Variant.DENSE
         self._graph_scratch: Scratch | None = None
         self._graph_decodes: dict[int, SparseDecode] = {}
         self._eager_scratch: Scratch | None = None
@@ -96,7 +85,7 @@ class FasaFlashInferAttnBackend(FasaBackend, FlashInferAttnBackend):
         decoding = forward_batch.forward_mode.is_decode_or_idle()
         self.variant = Variant.DENSE
         if decoding:
-            self.variant = self.capturing if in_capture else self._needed()
+            self.variant = self.capturing or self._needed()
         super().init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
         if self.variant is Variant.DENSE:
             return

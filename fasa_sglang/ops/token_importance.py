@@ -82,12 +82,16 @@ def _mean_kernel(
             q_ptr + i_b.to(tl.int64) * q_stride, dims_ptr, q_scale_ptr, o_r, i_g, G, D, F, FP, m_r
         )
     b_q *= sm_scale / G
+    # Slots are under way one tile ahead, or every label would wait for two loads in a row.
+    p_slot = slots_ptr + start
+    o_next = i_s * BT + tl.arange(0, BT)
+    b_next = tl.load(p_slot + o_next, mask=o_next < seq_len, other=0)
     for i_t in range(i_s, tl.cdiv(seq_len, BT), tl.num_programs(0)):
         o_t = i_t * BT + tl.arange(0, BT)
         m_t = o_t < seq_len
-        p_slot = slots_ptr + start + o_t
-        b_slot = tl.load(p_slot, mask=m_t, other=0).to(tl.int64)
-        p_label = labels_ptr + b_slot[:, None] * (H * F) + (i_h * F + o_f)[None, :]
+        p_label = labels_ptr + b_next.to(tl.int64)[:, None] * (H * F) + (i_h * F + o_f)[None, :]
+        o_next = o_t + tl.num_programs(0) * BT
+        b_next = tl.load(p_slot + o_next, mask=o_next < seq_len, other=0)
         if HP == H and FP == F:
             b_label = tl.load(p_label)  # [BT, ROW]; slot 0 stands in for what is past the end
         else:

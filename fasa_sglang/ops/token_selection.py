@@ -20,11 +20,9 @@ import triton.language as tl
 from fasa_sglang.ops.token_importance import ScoreBuffers
 
 NUM_BINS = 128
-# The guess looks at one score in so many, in groups of 16 bytes; in so many at once, and at most so
-# many times that.
+# The guess looks at one score in so many, in groups of 16 bytes; at no fewer, no more than so many.
 SAMPLED = 16
-SAMPLE = 2048
-MOST_SAMPLES = 4
+SMALLEST_SAMPLE, LARGEST_SAMPLE = 2048, 8192
 GROUP = 8
 # Standard deviations by which the guess errs on the low side.
 CAUTION = 5.0
@@ -47,15 +45,6 @@ def _order_key(b_x):
 
 
 @triton.jit
-def _sample(p_row, i_n, stride, sink, end, SAMPLE: tl.constexpr, GROUP: tl.constexpr):
-    """The ``i_n``-th part of a row's sample."""
-    o_i = i_n * SAMPLE + tl.arange(0, SAMPLE)
-    o_t = (o_i // GROUP) * (GROUP * stride) + o_i % GROUP
-    m_free = (o_t >= sink) & (o_t < end)
-    return m_free, tl.load(p_row + o_t, mask=m_free, other=0.0).to(tl.float32)
-
-
-@triton.jit
 def _guess_kernel(
     scores_ptr,
     seq_lens_ptr,
@@ -67,8 +56,8 @@ def _guess_kernel(
     H: tl.constexpr,
     NB: tl.constexpr,
     SAMPLED: tl.constexpr,
+    SMALLEST: tl.constexpr,
     SAMPLE: tl.constexpr,
-    MOST: tl.constexpr,
     GROUP: tl.constexpr,
     CAUTION: tl.constexpr,
 ):
@@ -78,40 +67,30 @@ def _guess_kernel(
     seq_len, budget = tl.load(seq_lens_ptr + i_b), tl.load(budgets_ptr + i_b)
     if seq_len <= budget:
         return
-    sink, end = tl.load(sinks_ptr + i_b), seq_len - tl.load(recents_ptr + i_b)
+    sink, recent = tl.load(sinks_ptr + i_b), tl.load(recents_ptr + i_b)
+    sample = tl.minimum(tl.maximum(seq_len // SAMPLED, SMALLEST), SAMPLE)
+    stride = tl.cdiv(seq_len, sample)
+    o_i = tl.arange(0, SAMPLE)
+    o_t = (o_i // GROUP) * (GROUP * stride) + o_i % GROUP
+    m_free = (o_t >= sink) & (o_t < seq_len - recent)
     p_row = scores_ptr + i_r.to(tl.int64) * scores_stride
-    parts = tl.minimum(tl.cdiv(seq_len, SAMPLED * SAMPLE), MOST)
-    stride = tl.cdiv(seq_len, parts * SAMPLE)
-    b_high = tl.full([SAMPLE], float("-inf"), tl.float32)
-    b_low = tl.full([SAMPLE], float("inf"), tl.float32)
-    num = 0
-    for i_n in range(parts):
-        m_free, b_score = _sample(p_row, i_n, stride, sink, end, SAMPLE, GROUP)
-        b_high = tl.where(m_free, tl.maximum(b_high, b_score), b_high)
-        b_low = tl.where(m_free, tl.minimum(b_low, b_score), b_low)
-        num += tl.sum(m_free.to(tl.int32), axis=0)
-    high, low = tl.max(b_high, axis=0), tl.min(b_low, axis=0)
+    b_score = tl.load(p_row + o_t, mask=m_free, other=0.0).to(tl.float32)
+    high = tl.max(tl.where(m_free, b_score, float("-inf")), axis=0)
+    low = tl.min(tl.where(m_free, b_score, float("inf")), axis=0)
     width = tl.maximum((high - low) / NB, 1e-30)
-    b_count = tl.zeros([NB], tl.int32)
-    for i_n in range(parts):
-        m_free, b_score = _sample(p_row, i_n, stride, sink, end, SAMPLE, GROUP)
-        b_bin = tl.minimum(((tl.where(m_free, b_score, low) - low) / width).to(tl.int32), NB - 1)
-        b_count += tl.histogram(b_bin, NB, mask=m_free)
+    b_bin = tl.minimum(((tl.where(m_free, b_score, low) - low) / width).to(tl.int32), NB - 1)
+    b_count = tl.histogram(b_bin, NB, mask=m_free)
+    num = tl.sum(b_count, axis=0)
     b_reach = num - tl.cumsum(b_count, axis=0) + b_count
     # So many of the sample are expected among the best; their number varies like a Poisson's.
-    share = (budget - sink - (seq_len - end)) * num.to(tl.float32)
-    share = share / tl.maximum(end - sink, 1)
+    share = (budget - sink - recent) * num.to(tl.float32)
+    share = share / tl.maximum(seq_len - sink - recent, 1)
     enough = share + CAUTION * tl.sqrt(share)
     bin = tl.maximum(tl.sum((b_reach >= enough).to(tl.int32), axis=0) - 1, 0)
     # The least score of that bin and the ones above: nothing lies between it and the bin's edge.
-    b_guess = tl.full([SAMPLE], float("inf"), tl.float32)
-    for i_n in range(parts):
-        m_free, b_score = _sample(p_row, i_n, stride, sink, end, SAMPLE, GROUP)
-        b_bin = tl.minimum(((b_score - low) / width).to(tl.int32), NB - 1)
-        b_guess = tl.where(m_free & (b_bin >= bin), tl.minimum(b_guess, b_score), b_guess)
-    guess = tl.min(b_guess, axis=0)
+    guess = tl.min(tl.where(m_free & (b_bin >= bin), b_score, float("inf")), axis=0)
     # A sample that holds too few asks for the whole row.
-    tl.store(guesses_ptr + i_r, tl.where(tl.max(b_reach, axis=0) >= enough, guess, float("-inf")))
+    tl.store(guesses_ptr + i_r, tl.where(num >= enough, guess, float("-inf")))
 
 
 @triton.jit
@@ -343,6 +322,7 @@ def select_tokens(
     rows = len(seq_lens) * num_kv_heads
     longest = scores.scores.shape[1]
     lengths = (seq_lens, budgets, sinks, recents)
+    sample = triton.next_power_of_2(longest // SAMPLED)
     _guess_kernel[(rows,)](
         scores.scores,
         *lengths,
@@ -351,8 +331,8 @@ def select_tokens(
         H=num_kv_heads,
         NB=NUM_BINS,
         SAMPLED=SAMPLED,
-        SAMPLE=SAMPLE,
-        MOST=MOST_SAMPLES,
+        SMALLEST=SMALLEST_SAMPLE,
+        SAMPLE=min(max(sample, SMALLEST_SAMPLE), LARGEST_SAMPLE),
         GROUP=GROUP,
         CAUTION=CAUTION,
         num_warps=8 if rows <= MANY_ROWS else 4,

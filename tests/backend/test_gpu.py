@@ -1,0 +1,180 @@
+"""The GPU backend inside SGLang: kinds of decode batches, captured and eager."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fasa_sglang.workloads.engine import EAGER, flush_cache, running_engine
+from serving import divergence, generate
+
+pytestmark = pytest.mark.gpu
+
+LENGTHS = [5, 40, 300, 1000, 2500, 6000, 1, 900]
+NEW_TOKENS = 40
+COMMON = {
+    "skip_tokenizer_init": True,
+    "mem_fraction_static": 0.3,
+    "cuda_graph_bs_decode": [1, 2, 4, 8],
+    "max_running_requests": 8,
+}
+COVERED = {"budget": 8192}
+# What each lane asks for, by the kind of batch it makes.
+BATCHES: dict[str, list[Any]] = {
+    "dense": [None] * 8,
+    "sparse, covered": [COVERED] * 8,
+    "mixed": [
+        None,
+        COVERED,
+        {**COVERED, "prefix": "full"},
+        {"budget": 64},
+        False,
+        COVERED,
+        {**COVERED, "prefix": "full"},
+        {"budget": 64, "prefix": "full"},
+    ],
+    "sparse": [{"budget": 64}, {"budget": 100, "sink": 0, "recent": 0}, True, COVERED] * 2,
+}
+
+
+def prompts() -> list[list[int]]:
+    draw = random.Random(0)
+    return [[draw.randrange(3, 8000) for _ in range(length)] for length in LENGTHS]
+
+
+def attends_to_all(asked: Any, length: int) -> bool:
+    """Whether a request reads every token at every step."""
+    return not isinstance(asked, dict) or asked["budget"] >= length + NEW_TOKENS
+
+
+@pytest.fixture(scope="module")
+def dense(random_model: Path) -> list[dict[str, Any]]:
+    with running_engine(random_model, None, **COMMON) as engine:
+        return generate(
+            engine, prompts(), [None] * 8, NEW_TOKENS, return_logprob=True, ignore_eos=True
+        )
+
+
+@pytest.fixture(scope="module", params=["graphs", "eager"])
+def engine(
+    request: pytest.FixtureRequest,
+    dense: list[dict[str, Any]],
+    random_model: Path,
+    random_calibration: str,
+) -> Iterator[Any]:
+    """After ``dense``: one engine of a process at a time."""
+    settings = {"calibration": random_calibration, "min_seq_len": 0, "max_budget": 8192}
+    extra = EAGER if request.param == "eager" else {}
+    with running_engine(random_model, settings, **COMMON, **extra) as running:
+        yield running
+
+
+def test_kinds_of_batches_alternate_at_one_size(engine: Any, dense: list[dict[str, Any]]) -> None:
+    """Every kind after every other: a graph that read another one's plan would show.
+
+    Lanes that read everything answer as SGLang's own backend does, whatever stands beside them.
+    """
+    order = [*BATCHES, *reversed(BATCHES), "mixed", "dense", "sparse", "dense"]
+    problems, seen = [], {}
+    for kind in order:
+        asked = BATCHES[kind]
+        replies = generate(engine, prompts(), asked, NEW_TOKENS, ignore_eos=True)
+        for i, (fasa, reply) in enumerate(zip(asked, replies, strict=True)):
+            report = reply["meta_info"]["fasa"]
+            assert report["sparse_steps"] == (NEW_TOKENS - 1 if fasa else 0)
+            if fasa is True or not attends_to_all(fasa, LENGTHS[i]):
+                assert seen.setdefault((kind, i), reply["output_ids"])
+                continue
+            problem = divergence(dense[i], reply)
+            if problem:
+                problems.append(f"{kind}, fasa={fasa}: {problem}")
+    assert not problems, "\n".join(problems)
+
+
+def test_small_budgets_read_little_and_change_answers(
+    engine: Any, dense: list[dict[str, Any]]
+) -> None:
+    """So that the equalities above are not idle."""
+    replies = generate(engine, prompts(), [{"budget": 64}] * 8, NEW_TOKENS, ignore_eos=True)
+    for i, reply in enumerate(replies):
+        ratio = reply["meta_info"]["fasa"]["kv_read_ratio"]
+        assert (ratio < 0.5) == (LENGTHS[i] > 200), (LENGTHS[i], ratio)
+    assert replies[5]["output_ids"] != dense[5]["output_ids"]
+
+
+def test_batches_smaller_than_a_captured_one_are_padded(
+    engine: Any, dense: list[dict[str, Any]]
+) -> None:
+    for count in (3, 5, 7):
+        asked = [COVERED, None, {**COVERED, "prefix": "full"}, *[COVERED] * 4][:count]
+        replies = generate(engine, prompts()[:count], asked, NEW_TOKENS, ignore_eos=True)
+        for i in range(count):
+            assert divergence(dense[i], replies[i]) is None
+
+
+def test_labels_follow_slots_through_the_prefix_cache(engine: Any) -> None:
+    """A sparse follow-up over a cached prefix answers as over a cold one."""
+    shared = prompts()[4]
+    asked: list[Any] = [{"budget": 128}, {"budget": 256, "prefix": "full"}, {"budget": 512}]
+    tails = [[11, 12, 13], [21] * 40, [31, 32]]
+    flush_cache(engine)
+    generate(engine, [shared], [None], 4, ignore_eos=True)
+    follow_ups = [shared + tail for tail in tails]
+    warm = [
+        generate(engine, [prompt], [fasa], 24, ignore_eos=True)[0]
+        for prompt, fasa in zip(follow_ups, asked, strict=True)
+    ]
+    assert all(reply["meta_info"]["cached_tokens"] >= len(shared) - 1 for reply in warm)
+    for prompt, fasa, reply in zip(follow_ups, asked, warm, strict=True):
+        flush_cache(engine)
+        [cold] = generate(engine, [prompt], [fasa], 24, return_logprob=True, ignore_eos=True)
+        assert cold["meta_info"]["cached_tokens"] == 0
+        assert divergence(cold, reply) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "flags", "message"),
+    [
+        ({}, {"kv_cache_dtype": "fp8_e4m3"}, "FASA needs keys of the model's"),
+        ({"selector": "oracle"}, {}, "selector 'oracle' runs in torch and cannot be captured"),
+        ({}, {"cuda_graph_backend_decode": "breakable"}, "decode graphs are whole ones"),
+    ],
+    ids=["fp8-keys", "oracle-under-graphs", "breakable-graphs"],
+)
+def test_what_cannot_be_served_is_refused(
+    random_model: Path,
+    random_calibration: str,
+    settings: dict[str, Any],
+    flags: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+) -> None:
+    """SGLang's scheduler prints the sentence and takes the process down with it."""
+    import json
+    import subprocess
+    import sys
+
+    script = tmp_path / "start.py"
+    script.write_text(
+        "import json, sys\n"
+        "if __name__ == '__main__':\n"
+        "    from fasa_sglang.workloads.engine import running_engine\n"
+        "    model, settings, flags = json.loads(sys.argv[1])\n"
+        "    with running_engine(model, settings, **flags): pass\n"
+    )
+    flags = {**COMMON, **{"cuda_graph_backend_decode": "full"}, **flags}
+    settings = {"calibration": random_calibration, **settings}
+    done = subprocess.run(
+        [sys.executable, str(script), json.dumps([str(random_model), settings, flags])],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=tmp_path,
+    )
+    assert done.returncode != 0
+    assert message in done.stdout + done.stderr, done.stderr[-2000:]
