@@ -64,27 +64,24 @@ def plan_step(result: Any, cls: Any, batch: Any, model_runner: Any, **kwargs: An
 
 
 def count_step(result: Any, processor: Any, i: int, req: Any, *args: Any, **kwargs: Any) -> None:
-    """Count an accepted token's step and leave the request's report for its reply.
+    """Count an accepted token's step; leave a finished request's report for its reply.
 
-    SGLang sends one entry per output token; only the newest is filled, so that a long reply
-    carries one report and not one per token.
+    SGLang sends the entries of the output tokens that a message carries. The last message carries
+    at least one, and until then there is nothing to send, which would cost time at every step.
     """
     state = getattr(req, REQ_ATTRIBUTE, None)
     if state is None:
         return
     state.count()
-    if req.customized_info is None:
-        req.customized_info = {}
-    entries = req.customized_info.setdefault(META_KEY, [])
-    if entries:
-        entries[-1] = None
-    entries.append(state.report())
+    if req.finished():
+        reports = {META_KEY: [state.report()] * len(req.output_ids)}
+        req.customized_info = {**(req.customized_info or {}), **reports}
 
 
 def fold_report(
     original: Callable[..., AsyncGenerator[dict[str, Any], None]], *args: Any, **kwargs: Any
 ) -> AsyncIterator[dict[str, Any]]:
-    """Turn the per-token entries of a reply into one report.
+    """Turn the entries of a reply's tokens into one report.
 
     SGLang looks the request up when this is called, not when it is first awaited, so the
     original has to be called at once.

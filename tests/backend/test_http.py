@@ -101,17 +101,17 @@ def test_generate_reports_what_was_read(server: str) -> None:
     assert generate(server, None).json()["meta_info"]["fasa"]["dense_steps"] == 5
 
 
-def test_streaming_reports_in_every_chunk(server: str) -> None:
+def test_streaming_reports_in_the_last_chunk(server: str) -> None:
+    """A report in every chunk cost host time at every step, of requests without FASA too."""
     params = {"temperature": 0, "max_new_tokens": 6, "custom_params": {"fasa": True}}
     body = {"text": PROMPT, "sampling_params": params, "stream": True}
     reports = []
     with httpx.stream("POST", f"{server}/generate", json=body, timeout=120) as response:
         for line in response.iter_lines():
             if line.startswith("data: {"):
-                reports.append(json.loads(line[6:])["meta_info"]["fasa"])
-    assert [report["sparse_steps"] for report in reports] == sorted(
-        report["sparse_steps"] for report in reports
-    )
+                reports.append(json.loads(line[6:])["meta_info"].get("fasa"))
+    assert len(reports) > 1
+    assert set(reports[:-1]) == {None}
     assert reports[-1]["sparse_steps"] == 5
 
 
