@@ -19,6 +19,7 @@ ALLOWED = {
         "fasa_sglang.platforms",
         "fasa_sglang.plugin",
         "fasa_sglang.doctor",
+        "fasa_sglang.frontend",
         "fasa_sglang.workloads.engine",
         "fasa_sglang.workloads.forced",
     ),

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookType
 
+from fasa_sglang.backend.api import (
+    META_KEY,
+    add_report,
+    add_report_to_stream,
+    allow_in_contract,
+    check_request,
+    fold_report,
+    lift_body_field,
+    lift_openai_field,
+)
 from fasa_sglang.backend.base import FasaBackend
 from fasa_sglang.backend.host import (
+    CHECKS_BODIES,
     KEPT_LEN_METHOD,
     fasa_config,
     free_row_tail,
@@ -21,10 +31,6 @@ from fasa_sglang.backend.host import (
 )
 from fasa_sglang.backend.label_cache import label_bytes_per_token
 from fasa_sglang.backend.step import REQ_ATTRIBUTE, launch_step
-from fasa_sglang.errors import RequestError
-from fasa_sglang.requests import parse_request
-
-META_KEY = "fasa"
 
 
 @dataclass(frozen=True)
@@ -34,26 +40,6 @@ class Hook:
     target: str
     function: Callable[..., Any]
     kind: HookType
-
-
-def check_request(manager: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
-    """Refuse a malformed ``custom_params`` in the tokenizer process, before it is scheduled.
-
-    A ``ValueError`` here becomes HTTP 400; nothing was scheduled and the server goes on.
-    """
-    custom_params = (getattr(obj, "sampling_params", None) or {}).get("custom_params")
-    if custom_params is None:
-        return
-    if not isinstance(custom_params, dict):
-        raise RequestError(f"custom_params must be an object, got {custom_params!r:.80}")
-    if not uses_fasa(manager.server_args):
-        if custom_params.get("fasa") not in (None, False):
-            raise RequestError(
-                "this server does not run FASA, so it cannot serve a request with fasa; start it "
-                "with --attention-backend fasa"
-            )
-        return
-    parse_request(custom_params, fasa_config(manager.model_config), prompt_len=0)
 
 
 def plan_step(result: Any, cls: Any, batch: Any, model_runner: Any, **kwargs: Any) -> None:
@@ -76,27 +62,6 @@ def count_step(result: Any, processor: Any, i: int, req: Any, *args: Any, **kwar
     if req.finished():
         reports = {META_KEY: [state.report()] * len(req.output_ids)}
         req.customized_info = {**(req.customized_info or {}), **reports}
-
-
-def fold_report(
-    original: Callable[..., AsyncGenerator[dict[str, Any], None]], *args: Any, **kwargs: Any
-) -> AsyncIterator[dict[str, Any]]:
-    """Turn the entries of a reply's tokens into one report.
-
-    SGLang looks the request up when this is called, not when it is first awaited, so the
-    original has to be called at once.
-    """
-    return _fold(original(*args, **kwargs))
-
-
-async def _fold(replies: AsyncGenerator[dict[str, Any], None]) -> AsyncIterator[dict[str, Any]]:
-    async with aclosing(replies):
-        async for reply in replies:
-            entries = reply.get("meta_info", {}).get(META_KEY)
-            if isinstance(entries, list):
-                report = next((entry for entry in reversed(entries) if entry), None)
-                reply = {**reply, "meta_info": {**reply["meta_info"], META_KEY: report}}
-            yield reply
 
 
 def keep_exact_prefix(result: int, req: Any) -> int:
@@ -181,11 +146,21 @@ def refuse_triton(original: Callable[[str], bool], backend: str) -> bool:
 _RESULTS = "sglang.srt.managers.scheduler_components.batch_result_processor"
 _POOL = "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator"
 _GRAPHS = "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner"
+_OPENAI = "sglang.srt.entrypoints.openai"
+_CHAT = f"{_OPENAI}.serving_chat.OpenAIServingChat"
+_COMPLETIONS = f"{_OPENAI}.serving_completions.OpenAIServingCompletion"
 _TOKENIZER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 
 HOOKS = (
+    Hook(f"{_TOKENIZER}.generate_request", lift_body_field, HookType.BEFORE),
     Hook(f"{_TOKENIZER}._create_tokenized_object", check_request, HookType.BEFORE),
     Hook(f"{_TOKENIZER}._wait_one_response", fold_report, HookType.AROUND),
+    Hook(f"{_CHAT}._convert_to_internal_request", lift_openai_field, HookType.BEFORE),
+    Hook(f"{_CHAT}._build_chat_response", add_report, HookType.AFTER),
+    Hook(f"{_CHAT}._generate_chat_stream", add_report_to_stream, HookType.AROUND),
+    Hook(f"{_COMPLETIONS}._convert_to_internal_request", lift_openai_field, HookType.BEFORE),
+    Hook(f"{_COMPLETIONS}._build_completion_response", add_report, HookType.AFTER),
+    Hook(f"{_COMPLETIONS}._generate_completion_stream", add_report_to_stream, HookType.AROUND),
     Hook(
         "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new",
         plan_step,
@@ -212,3 +187,11 @@ HOOKS = (
     ),
     Hook("sglang.srt.utils.common.support_triton", refuse_triton, HookType.AROUND),
 )
+if CHECKS_BODIES:
+    HOOKS += (
+        Hook(
+            "sglang.srt.entrypoints.api_contract.generate_contract_error",
+            allow_in_contract,
+            HookType.AROUND,
+        ),
+    )

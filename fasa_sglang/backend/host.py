@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -174,6 +175,8 @@ def request_row(req: Any) -> int:
     return req.req_pool_idx if hasattr(req, "req_pool_idx") else req.kv.req_pool_idx
 
 
+# SGLang 0.5.23 checks the body of /generate against a schema of its own.
+CHECKS_BODIES = find_spec("sglang.srt.entrypoints.api_contract") is not None
 # The method that says how much of an ending request the radix tree may keep.
 KEPT_LEN_METHOD = "owned_kv_len" if hasattr(Req, "owned_kv_len") else "effective_kv_committed_len"
 

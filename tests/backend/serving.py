@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
+import socket
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from fasa_sglang.platforms import PLATFORM_NAME
 
 # Sums depend on the batch's shape. Where the two best tokens are this close, either may win
 # without a fault; such a divergence is listed and counts as equal. A CPU serves float32, a GPU
@@ -61,3 +68,25 @@ def divergence(expected: dict[str, Any], got: dict[str, Any]) -> str | None:
         return None
     prompt_tokens = expected["meta_info"]["prompt_tokens"]
     return f"prompt of {prompt_tokens} tokens differs at step {step}: {wanted} against {came}"
+
+
+def server_command(model: Path, settings: dict[str, Any] | None, *flags: str) -> list[str]:
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
+    command += ["--attention-backend", "fasa", "--dtype", "float32", "--device", "cpu"]
+    command += ["--cuda-graph-backend-decode", "disabled"]
+    command += ["--cuda-graph-backend-prefill", "disabled", "--sampling-backend", "pytorch"]
+    command += ["--grammar-backend", "none", "--max-total-tokens", "6000"]
+    command += ["--mem-fraction-static", "0.3", "--served-model-name", "tiny"]
+    if settings is not None:
+        command += ["--json-model-override-args", json.dumps({"fasa": settings})]
+    return [*command, *flags]
+
+
+def server_environment(**changes: str) -> dict[str, str]:
+    return {**os.environ, "SGLANG_PLATFORM": PLATFORM_NAME, "OMP_NUM_THREADS": "1", **changes}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

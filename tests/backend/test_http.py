@@ -3,83 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
-from fasa_sglang.platforms import PLATFORM_NAME
-
 PROMPT = "def add(a, b):\n" * 40
-
-
-def server_command(model: Path, settings: dict[str, Any] | None, *flags: str) -> list[str]:
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
-    command += ["--attention-backend", "fasa", "--dtype", "float32", "--device", "cpu"]
-    command += ["--cuda-graph-backend-decode", "disabled"]
-    command += ["--cuda-graph-backend-prefill", "disabled", "--sampling-backend", "pytorch"]
-    command += ["--grammar-backend", "none", "--max-total-tokens", "6000"]
-    command += ["--mem-fraction-static", "0.3", "--served-model-name", "tiny"]
-    if settings is not None:
-        command += ["--json-model-override-args", json.dumps({"fasa": settings})]
-    return [*command, *flags]
-
-
-def server_environment(**changes: str) -> dict[str, str]:
-    return {**os.environ, "SGLANG_PLATFORM": PLATFORM_NAME, "OMP_NUM_THREADS": "1", **changes}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@pytest.fixture(scope="module")
-def server(
-    tiny_path: Path, tiny_calibration: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[str]:
-    port = free_port()
-    settings = {
-        "calibration": tiny_calibration,
-        "min_seq_len": 0,
-        "max_budget": 1024,
-        "budget": 128,
-    }
-    log = tmp_path_factory.mktemp("server") / "log"
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            server_command(tiny_path, settings, "--port", str(port)),
-            env=server_environment(),
-            # Not the checkout, whose folders would hide the installed package.
-            cwd=log.parent,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-        )
-        url = f"http://127.0.0.1:{port}"
-        try:
-            for _ in range(240):
-                assert process.poll() is None, log.read_text()[-3000:]
-                try:
-                    if httpx.get(f"{url}/health", timeout=5).status_code == 200:
-                        break
-                except httpx.HTTPError:
-                    pass
-                time.sleep(1)
-            else:
-                pytest.fail(f"the server did not come up: {log.read_text()[-3000:]}")
-            yield url
-        finally:
-            process.terminate()
-            process.wait(60)
 
 
 def generate(server: str, custom_params: Any, **more: Any) -> httpx.Response:
@@ -123,25 +53,108 @@ def test_several_samples_of_a_prompt_report_each(server: str) -> None:
     assert all(isinstance(reply["meta_info"]["fasa"], dict) for reply in replies)
 
 
-def test_openai_chat_takes_custom_params(server: str) -> None:
-    client = openai.OpenAI(base_url=f"{server}/v1", api_key="none")
+MESSAGES = [{"role": "user", "content": PROMPT}]
+# Where an OpenAI client may write the switch.
+PLACES = {
+    "custom_params": lambda fasa: {"custom_params": {"fasa": fasa}},
+    "top level": lambda fasa: {"fasa": fasa},
+    "both": lambda fasa: {"fasa": fasa, "custom_params": {"fasa": fasa, "other": 1}},
+}
+
+
+@pytest.fixture(scope="module")
+def client(server: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_openai_chat(client: openai.OpenAI, place: str) -> None:
+    """An answer with a covering budget equals the dense one; the report says which it was."""
     answers = {}
     for name, fasa in (("dense", False), ("covering", {"budget": 1024})):
         reply = client.chat.completions.create(
             model="tiny",
-            messages=[{"role": "user", "content": PROMPT}],
+            messages=MESSAGES,
             temperature=0,
             max_tokens=6,
-            extra_body={"custom_params": {"fasa": fasa}},
+            extra_body=PLACES[place](fasa),
         )
         answers[name] = reply.choices[0].message.content
+        [report] = reply.metadata["fasa"]
+        assert report["sparse_steps"] == (5 if fasa else 0)
+        assert report["dense_steps"] == (0 if fasa else 5)
     assert answers["dense"] == answers["covering"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_openai_completions_with_several_choices(client: openai.OpenAI, place: str) -> None:
+    reply = client.completions.create(
+        model="tiny",
+        prompt=[PROMPT, "x = 1"],
+        max_tokens=4,
+        n=2,
+        extra_body={**PLACES[place]({"budget": 64}), "ignore_eos": True},
+    )
+    assert len(reply.choices) == 4
+    reports = reply.metadata["fasa"]
+    assert [report["sparse_steps"] for report in reports] == [3] * 4
+    assert [report["budget"] for report in reports] == [64] * 4
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_openai_streams(client: openai.OpenAI, place: str) -> None:
+    """The chunk that carries the usage carries the report; no other chunk does."""
+    for usage in (True, False):
+        more: dict[str, Any] = {"stream_options": {"include_usage": True}} if usage else {}
+        arguments: dict[str, Any] = {"model": "tiny", "max_tokens": 6, "stream": True, **more}
+        extra = {**PLACES[place](True), "ignore_eos": True}
+        for chunks in (
+            client.chat.completions.create(messages=MESSAGES, extra_body=extra, **arguments),
+            client.completions.create(prompt=PROMPT, extra_body=extra, **arguments),
+        ):
+            found = [(chunk.model_extra or {}).get("metadata") for chunk in chunks]
+            reports = [metadata["fasa"] for metadata in found if metadata]
+            assert len(reports) == usage
+            if usage:
+                [[report]] = reports
+                assert report["sparse_steps"] == 5
+                assert found[-1] is not None
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_openai_routes_refuse_before_the_first_chunk(
+    client: openai.OpenAI, place: str, stream: bool
+) -> None:
+    extra = PLACES[place]({"budjet": 1})
+    with pytest.raises(openai.BadRequestError, match="fasa has no key 'budjet'") as refused:
+        client.chat.completions.create(
+            model="tiny", messages=MESSAGES, stream=stream, extra_body=extra
+        )
+    assert refused.value.body["code"] == 400
     with pytest.raises(openai.BadRequestError, match="fasa has no key 'budjet'"):
+        client.completions.create(model="tiny", prompt=PROMPT, stream=stream, extra_body=extra)
+
+
+def test_a_switch_given_twice_has_to_agree(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match=r"fasa is given twice, as False .* as True"):
         client.chat.completions.create(
             model="tiny",
-            messages=[{"role": "user", "content": PROMPT}],
-            extra_body={"custom_params": {"fasa": {"budjet": 1}}},
+            messages=MESSAGES,
+            extra_body={"fasa": True, "custom_params": {"fasa": False}},
         )
+
+
+@pytest.mark.parametrize("where", ["sampling_params", "body"])
+def test_generate_takes_fasa_beside_custom_params(server: str, where: str) -> None:
+    params = {"temperature": 0, "max_new_tokens": 6, "ignore_eos": True}
+    body: dict[str, Any] = {"text": [PROMPT, "x = 1"], "sampling_params": params}
+    (params if where == "sampling_params" else body)["fasa"] = {"budget": 64}
+    response = httpx.post(f"{server}/generate", json=body, timeout=120)
+    assert response.status_code == 200, response.text
+    for reply in response.json():
+        assert reply["meta_info"]["fasa"]["sparse_steps"] == 5
+        assert reply["meta_info"]["fasa"]["budget"] == 64
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from test_http import free_port, server_command, server_environment
+from serving import free_port, server_command, server_environment
 
 
 @pytest.fixture(scope="module")
