@@ -14,6 +14,7 @@ from fasa_sglang.errors import FasaError
 COMMANDS = {
     "doctor": ("fasa_sglang.doctor", "say what is installed, hooked and would be refused"),
     "calibrate": ("fasa_sglang.calibration.command", "rank a model's frequency chunks"),
+    "serve": ("fasa_sglang.serve", "start SGLang with FASA; calibrates a model the first time"),
     "bench": ("fasa_sglang.workloads.bench", "measure kernels or a server"),
     "demo": ("fasa_sglang.workloads.demo", "serve a long prompt with and without FASA"),
 }
@@ -30,9 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name in argv[:1]:
             command = importlib.import_module(module)
             command.add_arguments(subparser)
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.command != "serve":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        command.run(args)
+        command.run(args, rest) if args.command == "serve" else command.run(args)
     except FasaError as error:
         print(f"fasa {args.command}: {error}", file=sys.stderr)
         return 1

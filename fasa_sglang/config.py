@@ -25,7 +25,8 @@ class FasaConfig:
     """What a server needs to know about FASA. Loaded once; passed, never looked up again.
 
     Args:
-        calibration: The ``.safetensors`` file that ``fasa calibrate`` wrote.
+        calibration: The ``.safetensors`` file that ``fasa calibrate`` wrote; ``auto`` takes the one
+            that ``fasa serve`` keeps for the model.
         default: Which requests without a ``fasa`` parameter use FASA: none (``off``), all
             (``on``), or those whose prompt has ``min_seq_len`` tokens or more (``auto``).
         budget: Tokens attended per (request, KV head) and step, unless the request says.

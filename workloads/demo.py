@@ -19,10 +19,11 @@ from fasa_sglang import __version__
 from fasa_sglang.calibration import corpus
 from fasa_sglang.calibration.calibrate import CalibrationSettings, calibrate, load_model
 from fasa_sglang.calibration.command import progress_bar
+from fasa_sglang.calibration_cache import cache_dir
 from fasa_sglang.errors import FasaError
 from fasa_sglang.workloads.engine import flush_cache, running_engine
 from fasa_sglang.workloads.forced import agreement, forced_request
-from fasa_sglang.workloads.models import cache_dir, smollm2
+from fasa_sglang.workloads.models import smollm2
 
 FACT = "Remember this: the passcode of the blue vault is 48213."
 QUESTION = "What is the passcode of the blue vault? Answer with one sentence."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fasa_sglang.calibration_cache import cache_dir
 from fasa_sglang.dominant_fcs import DominantFCs, ModelShape
 from fasa_sglang.errors import FasaError
 
@@ -97,11 +97,6 @@ def load_config(model: str) -> Any:
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(model)
-
-
-def cache_dir() -> Path:
-    """Where fetched models are kept: ``$XDG_CACHE_HOME`` or ``~/.cache``, below ``fasa-sglang``."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fasa-sglang"
 
 
 def smollm2() -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.runtime_context import get_exec, get_parallel
 
+from fasa_sglang.calibration_cache import cached_calibration
 from fasa_sglang.config import FasaConfig
 from fasa_sglang.dominant_fcs import DominantFCs, ModelShape
 from fasa_sglang.errors import ConfigError, UnsupportedHostError
@@ -129,8 +131,16 @@ def load_dominant_fcs(model_config: Any) -> tuple[DominantFCs, int]:
             "start the server with --json-model-override-args "
             '\'{"fasa": {"calibration": "FILE"}}\''
         )
-    dominant = DominantFCs.load(config.calibration)
-    dominant.check_model(ModelShape.from_config(model_config.hf_config), config.calibration)
+    path: str | Path = config.calibration
+    if path == "auto":
+        path = cached_calibration(model_config.model_path)
+        if not path.exists():
+            raise ConfigError(
+                f"no calibration of {model_config.model_path} is kept at {path}; run once: fasa "
+                f"serve {model_config.model_path}"
+            )
+    dominant = DominantFCs.load(path)
+    dominant.check_model(ModelShape.from_config(model_config.hf_config), path)
     num_fcs = config.num_fcs or dominant.num_fcs
     dominant.model.check_num_fcs(num_fcs)
     return dominant, num_fcs
