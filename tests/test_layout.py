@@ -30,6 +30,7 @@ ALLOWED = {
         "fasa_sglang.doctor",
         "fasa_sglang.workloads.models",
     ),
+    "prometheus_client": ("fasa_sglang.backend.metrics",),
     "datasets": ("fasa_sglang.calibration.corpus",),
     "matplotlib": ("fasa_sglang.calibration.heatmap", "fasa_sglang.workloads.plots"),
     # The calibration and the workloads meet the server only through files and requests.

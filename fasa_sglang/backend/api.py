@@ -9,13 +9,14 @@ one is answered with HTTP 400 before anything is scheduled.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from contextlib import aclosing, contextmanager
 from typing import Any
 
 from starlette.requests import Request
 
 from fasa_sglang.backend.host import fasa_config, uses_fasa
+from fasa_sglang.backend.metrics import count_refusal
 from fasa_sglang.errors import RequestError
 from fasa_sglang.requests import parse_request
 
@@ -61,13 +62,14 @@ def check_params(manager: Any, custom_params: Any) -> None:
 def check_request(manager: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
     """Before SGLang reads a request's ``sampling_params``: gather ``fasa`` and check it."""
     params = getattr(obj, "sampling_params", None) or {}
-    if META_KEY in params:
-        # The client's own dict may serve several requests; it is not changed.
-        params = dict(params)
-        asked = params.pop(META_KEY)
-        params["custom_params"] = merged_params(params.get("custom_params"), asked)
-        obj.sampling_params = params
-    check_params(manager, params.get("custom_params"))
+    with _refusals_counted(manager):
+        if META_KEY in params:
+            # The client's own dict may serve several requests; it is not changed.
+            params = dict(params)
+            asked = params.pop(META_KEY)
+            params["custom_params"] = merged_params(params.get("custom_params"), asked)
+            obj.sampling_params = params
+        check_params(manager, params.get("custom_params"))
 
 
 def lift_body_field(manager: Any, obj: Any, request: Any = None, *args: Any, **kwargs: Any) -> None:
@@ -75,10 +77,11 @@ def lift_body_field(manager: Any, obj: Any, request: Any = None, *args: Any, **k
     asked = _body_field(request)
     if asked is _MISSING or not hasattr(obj, "sampling_params"):
         return
-    if isinstance(obj.sampling_params, list):
-        obj.sampling_params = [_with_fasa(params, asked) for params in obj.sampling_params]
-    else:
-        obj.sampling_params = _with_fasa(obj.sampling_params, asked)
+    with _refusals_counted(manager):
+        if isinstance(obj.sampling_params, list):
+            obj.sampling_params = [_with_fasa(params, asked) for params in obj.sampling_params]
+        else:
+            obj.sampling_params = _with_fasa(obj.sampling_params, asked)
 
 
 def allow_in_contract(original: Callable[[Any], str | None], body: Any) -> str | None:
@@ -96,9 +99,10 @@ def lift_openai_field(serving: Any, request: Any, raw_request: Any = None) -> No
     A stream has not begun yet, so that its client gets HTTP 400 and not a broken stream.
     """
     asked = _body_field(raw_request)
-    if asked is not _MISSING:
-        request.custom_params = merged_params(request.custom_params, asked)
-    check_params(serving.tokenizer_manager, request.custom_params)
+    with _refusals_counted(serving.tokenizer_manager):
+        if asked is not _MISSING:
+            request.custom_params = merged_params(request.custom_params, asked)
+        check_params(serving.tokenizer_manager, request.custom_params)
 
 
 def fold_report(
@@ -151,6 +155,16 @@ async def add_report_to_stream(
             chunk["metadata"] = {**(chunk.get("metadata") or {}), META_KEY: _reports(raw_request)}
             line = f"data: {json.dumps(chunk)}\n\n"
         yield line
+
+
+@contextmanager
+def _refusals_counted(manager: Any) -> Iterator[None]:
+    try:
+        yield
+    except RequestError:
+        if uses_fasa(manager.server_args):
+            count_refusal(manager.server_args)
+        raise
 
 
 def _object(custom_params: Any) -> dict[str, Any]:

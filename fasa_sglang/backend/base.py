@@ -10,6 +10,7 @@ from sglang.srt.runtime_context import get_parallel
 
 from fasa_sglang.backend.host import load_dominant_fcs
 from fasa_sglang.backend.label_cache import LabelCache
+from fasa_sglang.backend.metrics import Usage
 from fasa_sglang.backend.step import LaneStep
 from fasa_sglang.config import FasaConfig
 
@@ -36,6 +37,7 @@ class FasaBackend:
             empty for every other batch.
         num_layers: Layers of the whole model.
         label_cache: Labels of this rank's layers and heads.
+        usage: Counts what requests do.
         variants: Kinds of decode batches that get CUDA graphs of their own; none without graphs.
         variant: Kind of the coming batch.
         capturing: The kind that graphs are being captured for, else None.
@@ -67,6 +69,7 @@ class FasaBackend:
             config.label_dtype,
         )
         labels = self.label_cache.labels
+        self.usage = Usage(runner.server_args, labels.nbytes, parallel.attn_tp_rank == 0)
         kv_bytes = sum(buffer.nbytes for buffer in (*pool.k_buffer, *pool.v_buffer))
         logger.info(
             "FASA: %s, %s, selector %s, budget %d of at most %d, sink %d, recent %d, %d of %d "

@@ -46,7 +46,7 @@ def plan_step(result: Any, cls: Any, batch: Any, model_runner: Any, **kwargs: An
     """Tell the backend what each lane of the coming forward pass does."""
     backend = getattr(model_runner, "attn_backend", None)
     if isinstance(backend, FasaBackend):
-        backend.lanes = launch_step(batch, backend.config, backend.num_layers)
+        backend.lanes = launch_step(batch, backend.config, backend.num_layers, backend.usage)
 
 
 def count_step(result: Any, processor: Any, i: int, req: Any, *args: Any, **kwargs: Any) -> None:
@@ -60,7 +60,7 @@ def count_step(result: Any, processor: Any, i: int, req: Any, *args: Any, **kwar
         return
     state.count()
     if req.finished():
-        reports = {META_KEY: [state.report()] * len(req.output_ids)}
+        reports = {META_KEY: [state.finish()] * len(req.output_ids)}
         req.customized_info = {**(req.customized_info or {}), **reports}
 
 

@@ -10,6 +10,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
+from fasa_sglang.backend.metrics import Usage
 from fasa_sglang.config import FasaConfig
 from fasa_sglang.requests import FasaRequest, parse_request
 
@@ -57,6 +58,7 @@ class RequestState:
         request: What it asked for; None if it stays dense.
         num_layers: Layers of the model.
         num_dense_layers: How many of them attend to everything.
+        usage: Where its steps are counted for the whole server.
         exact_len: Leading tokens whose keys and values are those of a dense run; None is all.
             A token decoded sparsely has others from the second sparse layer on.
     """
@@ -64,6 +66,7 @@ class RequestState:
     request: FasaRequest | None
     num_layers: int
     num_dense_layers: int
+    usage: Usage
     exact_len: int | None = None
     launched: deque[LaneStep | None] = field(default_factory=deque)
     sparse_steps: int = 0
@@ -81,13 +84,15 @@ class RequestState:
         else:
             self.sparse_steps += 1
         sparse_layers = self.num_layers - self.num_dense_layers
-        self.attended_rows += self.num_dense_layers * lane.seq_len
-        self.attended_rows += sparse_layers * lane.attended_len
+        rows = self.num_dense_layers * lane.seq_len + sparse_layers * lane.attended_len
+        self.attended_rows += rows
         self.all_rows += self.num_layers * lane.seq_len
+        self.usage.add_step(lane.request is not None, rows, self.num_layers * lane.seq_len)
 
-    def report(self) -> dict[str, Any]:
+    def finish(self) -> dict[str, Any]:
         """The reply's ``meta_info["fasa"]``; without a decode step the read ratio is 1."""
         ratio = self.attended_rows / self.all_rows if self.all_rows else 1.0
+        self.usage.add_request(self.sparse_steps > 0, ratio)
         return {
             "sparse_steps": self.sparse_steps,
             "dense_steps": self.dense_steps,
@@ -97,7 +102,7 @@ class RequestState:
         }
 
 
-def request_state(req: Any, config: FasaConfig, num_layers: int) -> RequestState:
+def request_state(req: Any, config: FasaConfig, num_layers: int, usage: Usage) -> RequestState:
     """The state of an SGLang ``Req``, made when the request is first scheduled."""
     state = getattr(req, REQ_ATTRIBUTE, None)
     if state is None:
@@ -106,18 +111,19 @@ def request_state(req: Any, config: FasaConfig, num_layers: int) -> RequestState
             request=parse_request(asked, config, len(req.origin_input_ids)),
             num_layers=num_layers,
             num_dense_layers=min(config.num_dense_layers, num_layers),
+            usage=usage,
         )
         setattr(req, REQ_ATTRIBUTE, state)
     return state
 
 
-def launch_step(batch: Any, config: FasaConfig, num_layers: int) -> list[LaneStep]:
+def launch_step(batch: Any, config: FasaConfig, num_layers: int, usage: Usage) -> list[LaneStep]:
     """Decide what every lane of a ``ScheduleBatch`` does now, and note it for its reply.
 
     Returns:
         One entry per request of a decode batch; empty for every other batch.
     """
-    states = [request_state(req, config, num_layers) for req in batch.reqs]
+    states = [request_state(req, config, num_layers, usage) for req in batch.reqs]
     if not batch.forward_mode.is_decode():
         # A prefill, first or after a retraction: what was in flight before it never finished.
         for state in states:

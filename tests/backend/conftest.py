@@ -30,7 +30,7 @@ def server(
     log = tmp_path_factory.mktemp("server") / "log"
     with log.open("w") as out:
         process = subprocess.Popen(
-            server_command(tiny_path, settings, "--port", str(port)),
+            server_command(tiny_path, settings, "--port", str(port), "--enable-metrics"),
             env=server_environment(),
             # Not the checkout, whose folders would hide the installed package.
             cwd=log.parent,

@@ -1,0 +1,131 @@
+"""Counters beside SGLang's own on ``/metrics``, and one log line a minute.
+
+SGLang serves ``/metrics`` from files that all its processes write, so a counter may be raised where
+the thing happens: steps in the schedulers, refusals in the tokenizer process. Tensor-parallel ranks
+schedule alike, so only the first one counts.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+LOG_SECONDS = 60.0
+FLUSH_SECONDS = 1.0
+RATIO_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
+
+
+@functools.cache
+def counters() -> dict[str, Any]:
+    """Prometheus' objects of this process, made at the first use.
+
+    Not earlier: SGLang first chooses the folder through which the processes share them.
+    """
+    from prometheus_client import Counter, Gauge, Histogram
+
+    model = ["model_name"]
+    prefix = "sglang_fasa_"
+    return {
+        "steps": Counter(
+            f"{prefix}decode_steps", "Decode steps of single requests.", [*model, "mode"]
+        ),
+        "rows_read": Counter(f"{prefix}kv_rows_read", "(token, layer) pairs attended.", model),
+        "rows_saved": Counter(
+            f"{prefix}kv_rows_saved",
+            "(token, layer) pairs that dense decoding would add.",
+            model,
+        ),
+        "requests": Counter(
+            f"{prefix}requests", "Finished requests; sparse with one sparse step.", [*model, "mode"]
+        ),
+        "read_ratio": Histogram(
+            f"{prefix}kv_read_ratio",
+            "Share of KV rows that a finished sparse request attended.",
+            model,
+            buckets=RATIO_BUCKETS,
+        ),
+        "refused": Counter(f"{prefix}refused_requests", "Requests answered with HTTP 400.", model),
+        "label_bytes": Gauge(
+            f"{prefix}label_cache_bytes",
+            "Bytes of the label cache of all ranks.",
+            model,
+            multiprocess_mode="livesum",
+        ),
+    }
+
+
+def count_refusal(server_args: Any) -> None:
+    """Count a request that FASA's checks refused; called in the tokenizer process."""
+    if server_args.enable_metrics:
+        counters()["refused"].labels(model_name=server_args.served_model_name).inc()
+
+
+class Usage:
+    """What the requests of one scheduler did.
+
+    Args:
+        server_args: SGLang's; without ``enable_metrics`` there is only the log line.
+        label_bytes: Bytes of this rank's label cache.
+        counts: Whether this rank counts steps and requests.
+    """
+
+    def __init__(self, server_args: Any, label_bytes: int, counts: bool) -> None:
+        self._model = server_args.served_model_name
+        self._exports = server_args.enable_metrics
+        self._counts = counts
+        self._flushed = self._logged = time.monotonic()
+        # Since the last flush, and since the last log line: sparse and dense steps, rows read and
+        # rows that dense decoding would have read.
+        self._new = [0, 0, 0, 0]
+        self._minute = [0, 0, 0, 0]
+        if self._exports:
+            counters()["label_bytes"].labels(model_name=self._model).set(label_bytes)
+
+    def add_step(self, sparse: bool, rows_read: int, rows_dense: int) -> None:
+        """Count one step of one request."""
+        if not self._counts:
+            return
+        for totals in (self._new, self._minute):
+            totals[0 if sparse else 1] += 1
+            totals[2] += rows_read
+            totals[3] += rows_dense
+        now = time.monotonic()
+        if now - self._flushed >= FLUSH_SECONDS:
+            self._flush(now)
+
+    def add_request(self, sparse: bool, read_ratio: float) -> None:
+        """Count a request that has ended, all its steps before it."""
+        if not self._counts:
+            return
+        self._flush(time.monotonic())
+        if self._exports:
+            mode = "sparse" if sparse else "dense"
+            counters()["requests"].labels(model_name=self._model, mode=mode).inc()
+            if sparse:
+                counters()["read_ratio"].labels(model_name=self._model).observe(read_ratio)
+
+    def _flush(self, now: float) -> None:
+        sparse, dense, read, everything = self._new
+        self._new = [0, 0, 0, 0]
+        self._flushed = now
+        if self._exports:
+            found = counters()
+            found["steps"].labels(model_name=self._model, mode="sparse").inc(sparse)
+            found["steps"].labels(model_name=self._model, mode="dense").inc(dense)
+            found["rows_read"].labels(model_name=self._model).inc(read)
+            found["rows_saved"].labels(model_name=self._model).inc(everything - read)
+        if now - self._logged >= LOG_SECONDS:
+            sparse, dense, read, everything = self._minute
+            logger.info(
+                "FASA: in the last %.0f s %d sparse and %d dense steps read %.1f %% of the KV rows",
+                now - self._logged,
+                sparse,
+                dense,
+                100 * read / max(1, everything),
+            )
+            self._minute = [0, 0, 0, 0]
+            self._logged = now

@@ -1,0 +1,91 @@
+"""What ``/metrics`` says is what the replies said, summed."""
+
+from __future__ import annotations
+
+import json
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+PREFIX = "sglang_fasa_"
+NUM_LAYERS = 2
+ASKED: list[Any] = [None, False, True, {"budget": 64}, {"budget": 40, "prefix": "full"}]
+
+
+def scrape(server: str) -> dict[str, float]:
+    """Our samples by name and labels; SGLang sums those of its processes."""
+    text = httpx.get(f"{server}/metrics", timeout=60).text
+    found = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if sample.name.startswith(PREFIX):
+                labels = {k: v for k, v in sample.labels.items() if k != "pid"}
+                assert labels.pop("model_name") == "tiny"
+                key = sample.name.removeprefix(PREFIX) + "".join(
+                    f" {name}={value}" for name, value in sorted(labels.items())
+                )
+                found[key] = found.get(key, 0.0) + sample.value
+    return found
+
+
+def send(server: str, i: int) -> dict[str, Any]:
+    params = {"max_new_tokens": 1 + i % 7, "ignore_eos": True}
+    params["custom_params"] = {"fasa": ASKED[i % len(ASKED)]}
+    body = {"text": f"x{i} = 1\n" * (1 + i), "sampling_params": params}
+    reply = httpx.post(f"{server}/generate", json=body, timeout=120)
+    assert reply.status_code == 200, reply.text
+    return reply.json()["meta_info"]
+
+
+def test_counters_equal_the_sum_of_the_replies(server: str) -> None:
+    before = scrape(server)
+    with ThreadPoolExecutor(6) as pool:
+        replies = list(pool.map(lambda i: send(server, i), range(40)))
+    for _ in range(3):
+        refused = {"text": "x", "sampling_params": {"custom_params": {"fasa": "yes"}}}
+        assert httpx.post(f"{server}/generate", json=refused, timeout=60).status_code == 400
+    after = scrape(server)
+
+    def grown(name: str) -> float:
+        return after[name] - before.get(name, 0.0)
+
+    reports = [reply["fasa"] for reply in replies]
+    sparse = [report for report in reports if report["sparse_steps"]]
+    for mode in ("sparse", "dense"):
+        steps = sum(report[f"{mode}_steps"] for report in reports)
+        assert steps > 0
+        assert grown(f"decode_steps_total mode={mode}") == steps
+    assert grown("requests_total mode=sparse") == len(sparse)
+    assert grown("requests_total mode=dense") == len(reports) - len(sparse)
+    read = saved = 0.0
+    for reply in replies:
+        # The prompt and the first new token are there before the first decode step.
+        start, steps = reply["prompt_tokens"] + 1, reply["completion_tokens"] - 1
+        rows = NUM_LAYERS * sum(range(start, start + steps))
+        read += reply["fasa"]["kv_read_ratio"] * rows
+        saved += (1 - reply["fasa"]["kv_read_ratio"]) * rows
+    assert grown("kv_rows_read_total") == pytest.approx(read, abs=1)
+    assert grown("kv_rows_saved_total") == pytest.approx(saved, abs=1)
+    assert saved > 0
+    assert grown("kv_read_ratio_count") == len(sparse)
+    assert grown("kv_read_ratio_sum") == pytest.approx(
+        sum(report["kv_read_ratio"] for report in sparse), abs=1e-3
+    )
+    assert grown("refused_requests_total") == 3
+    # 6001 slots, two layers of two KV heads, eight chunks of two dims, one byte each.
+    assert after["label_cache_bytes"] == 6001 * NUM_LAYERS * 2 * 16
+
+
+def test_dashboard_asks_for_metrics_that_exist(server: str) -> None:
+    dashboard = json.loads((Path(__file__).parents[2] / "scripts" / "grafana.json").read_text())
+    send(server, 3)
+    names = {key.split(" ")[0] for key in scrape(server)}
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    asked = {name for query in queries for name in re.findall(rf"{PREFIX}(\w+)", query)}
+    assert len(asked) >= 6
+    assert asked <= names
