@@ -15,7 +15,7 @@ COMMANDS = {
     "doctor": ("fasa_sglang.doctor", "say what is installed, hooked and would be refused"),
     "calibrate": ("fasa_sglang.calibration.command", "rank a model's frequency chunks"),
     "serve": ("fasa_sglang.serve", "start SGLang with FASA; calibrates a model the first time"),
-    "bench": ("fasa_sglang.workloads.bench", "measure kernels or a server"),
+    "bench": ("fasa_sglang.workloads.bench", "measure kernels, a server or an agent loop"),
     "demo": ("fasa_sglang.workloads.demo", "serve a long prompt with and without FASA"),
 }
 

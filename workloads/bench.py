@@ -1,17 +1,17 @@
-"""``fasa bench``: ``ops`` measures the kernels, ``serve`` the server around them."""
+"""``fasa bench``: ``ops`` measures the kernels, ``serve`` the server, ``agent`` a use of it."""
 
 from __future__ import annotations
 
 import argparse
 
-from fasa_sglang.workloads import bench_ops, bench_serve
+from fasa_sglang.workloads import agent, bench_ops, bench_serve
 
-PARTS = {"ops": bench_ops, "serve": bench_serve}
+PARTS = {"ops": bench_ops, "serve": bench_serve, "agent": agent}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    subparsers = parser.add_subparsers(dest="what", required=True, metavar="ops|serve")
+    subparsers = parser.add_subparsers(dest="what", required=True, metavar="|".join(PARTS))
     for name, module in PARTS.items():
         module.add_arguments(subparsers.add_parser(name, description=module.__doc__))
 

@@ -1,0 +1,316 @@
+"""``fasa bench agent``: a tool-using agent loop over the OpenAI API, dense and with FASA.
+
+Many branches share a long system prompt with the descriptions of their tools. In every turn a
+branch is told to look something up, calls the tool in plain text, gets the tool's output appended
+and answers from it; its history grows. The tools are deterministic and know the right answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fasa_sglang import __version__
+from fasa_sglang.calibration import corpus
+from fasa_sglang.errors import FasaError
+from fasa_sglang.workloads.models import smollm2
+
+# English prose and code take about so many characters a token.
+CHARS_PER_TOKEN = 4
+COLOURS = ["amber", "azure", "black", "coral", "green", "ivory", "khaki", "lilac", "olive", "white"]
+THINGS = [
+    "anchor",
+    "basket",
+    "cabinet",
+    "door",
+    "engine",
+    "folder",
+    "garage",
+    "locker",
+    "safe",
+    "vault",
+]
+RULES = """You are an agent with one tool. To look up a code, write exactly one line:
+lookup("name")
+The result is then given to you. Answer questions about results with the code only.
+
+Example:
+User: Look up the code of the red drawer.
+Assistant: lookup("red drawer")
+User: Result: the code of the red drawer is 1234. What is the code of the red drawer?
+Assistant: 1234
+"""
+
+
+@dataclass
+class Answer:
+    """One request of one branch. Times in seconds."""
+
+    branch: int
+    turn: int
+    kind: str
+    text: str
+    right: bool
+    ttft_s: float
+    tpot_s: float | None
+    prompt_tokens: int
+    cached_tokens: int | None
+    completion_tokens: int
+    kv_read_ratio: float | None
+
+
+class Tools:
+    """The environment: a table of codes that the model cannot know.
+
+    Args:
+        seed: Equal seeds give equal tables.
+    """
+
+    def __init__(self, seed: int) -> None:
+        draw = random.Random(seed)
+        self.codes = {f"{a} {b}": str(draw.randrange(1000, 10000)) for a in COLOURS for b in THINGS}
+
+    def call(self, text: str) -> tuple[str | None, str]:
+        """Run the first call in a reply.
+
+        Returns:
+            The name that was looked up, None if there was no such call; and what the tool says.
+        """
+        found = re.search(r"lookup\(\s*[\"']([^\"']+)[\"']\s*\)", text)
+        if found is None:
+            return None, 'Error: expected one line, lookup("name").'
+        name = found[1].strip().lower().removeprefix("the ")
+        if name not in self.codes:
+            return name, f"Error: there is nothing named {name}."
+        return name, f"Result: the code of the {name} is {self.codes[name]}."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("--base-url", metavar="URL", help="of a server that runs, with FASA")
+    parser.add_argument("--model", help="to start a server with; default: SmolLM2-135M")
+    parser.add_argument("--branches", type=int, default=4)
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--prefix-tokens", type=int, default=4096, help="of the system prompt")
+    parser.add_argument(
+        "--fasa", type=json.loads, default=True, metavar="JSON", help="request keys"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", metavar="FILE", help="write every answer as JSON")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the command.
+
+    Raises:
+        FasaError: There is no server, or it does not run FASA.
+    """
+    console = Console(width=120)
+    with _server(args) as url:
+        results = {}
+        for name, fasa in (("dense", False), ("FASA", args.fasa)):
+            _flush(url)
+            start = time.perf_counter()
+            answers = asyncio.run(drive(url, args, fasa))
+            results[name] = summary(answers, time.perf_counter() - start)
+            results[name]["answers"] = [asdict(answer) for answer in answers]
+    if results["FASA"]["kv_read_ratio"] is None:
+        raise FasaError(f"{url} does not report FASA; start it with: fasa serve MODEL")
+    console.print(_table(args, results))
+    if args.json:
+        report = {"fasa_sglang": __version__, "settings": _settings(args), "runs": results}
+        Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
+
+
+async def drive(url: str, args: argparse.Namespace, fasa: Any) -> list[Answer]:
+    """Run all branches at once; returns their answers in order.
+
+    Raises:
+        FasaError: The server refused a request.
+    """
+    import openai
+
+    tools = Tools(args.seed)
+    manual = corpus.default_text().content[: args.prefix_tokens * CHARS_PER_TOKEN]
+    system = {"role": "system", "content": f"{manual}\n\n{RULES}"}
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=3600) as client:
+        model = (await client.models.list()).data[0].id
+
+        async def branch(number: int) -> list[Answer]:
+            draw = random.Random(f"{args.seed}-{number}")
+            names = draw.sample(sorted(tools.codes), args.turns)
+            messages = [system]
+            answers = []
+            for turn, name in enumerate(names):
+                messages.append({"role": "user", "content": f"Look up the code of the {name}."})
+                call = await _ask(client, model, messages, fasa)
+                called, output = tools.call(call["text"])
+                answers.append(Answer(number, turn, "call", right=called == name, **call))
+                messages.append({"role": "assistant", "content": call["text"]})
+                question = f"{output} What is the code of the {name}?"
+                messages.append({"role": "user", "content": question})
+                answer = await _ask(client, model, messages, fasa)
+                right = re.findall(r"\d{4}", answer["text"])[:1] == [tools.codes[name]]
+                answers.append(Answer(number, turn, "answer", right=right, **answer))
+                messages.append({"role": "assistant", "content": answer["text"]})
+            return answers
+
+        try:
+            finished = await asyncio.gather(*(branch(number) for number in range(args.branches)))
+        except openai.APIError as error:
+            raise FasaError(f"the server at {url} refused a request: {error}") from error
+    return [answer for answers in finished for answer in answers]
+
+
+def summary(answers: list[Answer], seconds: float) -> dict[str, Any]:
+    """What the table shows of a run; None where the server did not say."""
+    ratios = [answer.kv_read_ratio for answer in answers if answer.kv_read_ratio is not None]
+    cached = [answer.cached_tokens for answer in answers if answer.cached_tokens is not None]
+    tpots = [answer.tpot_s for answer in answers if answer.tpot_s is not None]
+    turns = len({(answer.branch, answer.turn) for answer in answers})
+    prompts = sum(answer.prompt_tokens for answer in answers)
+
+    def right(kind: str) -> float:
+        return statistics.mean(answer.right for answer in answers if answer.kind == kind)
+
+    return {
+        "turns_per_s": turns / seconds,
+        "ttft_ms": statistics.median(answer.ttft_s for answer in answers) * 1e3,
+        "tpot_ms": statistics.median(tpots) * 1e3 if tpots else None,
+        "cache_hit": sum(cached) / prompts if cached else None,
+        "prompt_tokens": max(answer.prompt_tokens for answer in answers),
+        "calls_right": right("call"),
+        "answers_right": right("answer"),
+        "kv_read_ratio": statistics.mean(ratios) if ratios else None,
+    }
+
+
+async def _ask(client: Any, model: str, messages: list[Any], fasa: Any) -> dict[str, Any]:
+    """One streamed completion with its times."""
+    start = time.perf_counter()
+    stream = await client.chat.completions.create(
+        model=model,
+        messages=list(messages),
+        temperature=0,
+        max_tokens=24,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body={"fasa": fasa},
+    )
+    text, first, last, usage, report = "", None, start, None, None
+    async for chunk in stream:
+        if chunk.choices and chunk.choices[0].delta.content:
+            last = time.perf_counter()
+            first = last if first is None else first
+            text += chunk.choices[0].delta.content
+        if chunk.usage is not None:
+            usage = chunk.usage
+            metadata = (chunk.model_extra or {}).get("metadata") or {}
+            report = next(iter(metadata.get("fasa", [])), None)
+    assert usage is not None
+    tokens = usage.completion_tokens
+    details = usage.prompt_tokens_details
+    return {
+        "text": text.strip(),
+        "ttft_s": (last if first is None else first) - start,
+        "tpot_s": (last - first) / (tokens - 1) if first is not None and tokens > 1 else None,
+        "prompt_tokens": usage.prompt_tokens,
+        "cached_tokens": None if details is None else details.cached_tokens,
+        "completion_tokens": tokens,
+        "kv_read_ratio": None if report is None else report["kv_read_ratio"],
+    }
+
+
+@contextmanager
+def _server(args: argparse.Namespace) -> Iterator[str]:
+    """The address of the server given, or of one that runs for the time of the block."""
+    if args.base_url:
+        yield args.base_url.rstrip("/").removesuffix("/v1")
+        return
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    code = "import sys; from fasa_sglang.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-P", "-c", code, "serve", args.model or str(smollm2())]
+    command += ["--port", str(port), "--enable-cache-report", "--log-level", "error"]
+    command += ["--sampling-backend", "pytorch", "--grammar-backend", "none"]
+    command += ["--settings", json.dumps({"min_seq_len": min(2048, args.prefix_tokens)})]
+    server = subprocess.Popen(command)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        while not _is_up(url):
+            if server.poll() is not None:
+                raise FasaError("the server ended before it served; the lines above say why")
+            time.sleep(1)
+        yield url
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.wait(120)
+
+
+def _is_up(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as reply:
+            return bool(reply.status == 200)
+    except OSError:
+        return False
+
+
+def _flush(url: str) -> None:
+    """Both runs begin with an empty prefix cache."""
+    try:
+        request = urllib.request.Request(f"{url}/flush_cache", method="POST")
+        with urllib.request.urlopen(request, timeout=60):
+            pass
+    except OSError as error:
+        raise FasaError(f"no SGLang server answers at {url} ({error})") from error
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("branches", "turns", "prefix_tokens", "fasa", "seed")
+    return {name: getattr(args, name) for name in names}
+
+
+def _table(args: argparse.Namespace, results: dict[str, Any]) -> Table:
+    table = Table(
+        title=f"{args.branches} branches of {args.turns} turns, prompts of up to "
+        f"{results['dense']['prompt_tokens']} tokens"
+    )
+    columns = ("run", "turns/s", "TTFT ms", "TPOT ms", "cache hit", "calls right", "answers right")
+    for column in (*columns, "KV read"):
+        table.add_column(column, justify="right")
+
+    def shown(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    for name, row in results.items():
+        table.add_row(
+            name,
+            shown(row["turns_per_s"], ".2f"),
+            shown(row["ttft_ms"], ".0f"),
+            shown(row["tpot_ms"], ".2f"),
+            shown(row["cache_hit"], ".1%"),
+            shown(row["calls_right"], ".0%"),
+            shown(row["answers_right"], ".0%"),
+            shown(row["kv_read_ratio"], ".3f"),
+        )
+    return table
