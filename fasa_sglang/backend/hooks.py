@@ -151,7 +151,7 @@ _CHAT = f"{_OPENAI}.serving_chat.OpenAIServingChat"
 _COMPLETIONS = f"{_OPENAI}.serving_completions.OpenAIServingCompletion"
 _TOKENIZER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 
-HOOKS = (
+HOOKS: tuple[Hook, ...] = (
     Hook(f"{_TOKENIZER}.generate_request", lift_body_field, HookType.BEFORE),
     Hook(f"{_TOKENIZER}._create_tokenized_object", check_request, HookType.BEFORE),
     Hook(f"{_TOKENIZER}._wait_one_response", fold_report, HookType.AROUND),
