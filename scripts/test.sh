@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # ruff, mypy and pytest. Does all the set-up it needs on a machine with Python 3.11 or newer.
 #   bash scripts/test.sh          slow tests run a small draw
-#   bash scripts/test.sh --all    slow tests run in full (about 20 minutes on two cores)
+#   bash scripts/test.sh --all    slow tests run in full (about 45 minutes on two cores)
 # Other arguments go to pytest.
 cd "$(dirname "$0")/.."
 . scripts/environment.sh

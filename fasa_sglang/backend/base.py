@@ -6,6 +6,7 @@ import enum
 import logging
 from typing import Any
 
+import torch
 from sglang.srt.runtime_context import get_parallel
 
 from fasa_sglang.backend.host import load_dominant_fcs
@@ -100,7 +101,24 @@ class FasaBackend:
             kv_bytes / 2**20,
         )
 
-    def write_labels_after(self, layer: Any, forward_batch: Any) -> None:
+    def forward_extend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: Any,
+        forward_batch: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """SGLang's dense prefill; the last layer labels the new keys of all layers."""
+        out = super().forward_extend(  # type: ignore[misc]
+            q, k, v, layer, forward_batch, *args, **kwargs
+        )
+        self.write_labels(layer, forward_batch)
+        return out
+
+    def write_labels(self, layer: Any, forward_batch: Any) -> None:
         """Label the new keys of all layers once the last one has stored its own.
 
         Until then a step reads no label of its own token, which is always selected.

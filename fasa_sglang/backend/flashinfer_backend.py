@@ -129,20 +129,6 @@ class FasaFlashInferAttnBackend(FasaBackend, FlashInferAttnBackend):
             )
         return self._eager_decodes[batch_size]
 
-    def forward_extend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layer: Any,
-        forward_batch: Any,
-        save_kv_cache: bool = True,
-    ) -> torch.Tensor:
-        """SGLang's dense prefill; the last layer labels the new keys of all layers."""
-        out = super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
-        self.write_labels_after(layer, forward_batch)
-        return out
-
     def forward_decode(
         self,
         q: torch.Tensor,
@@ -161,7 +147,7 @@ class FasaFlashInferAttnBackend(FasaBackend, FlashInferAttnBackend):
             out = super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
         finally:
             self.forward_metadata = dense
-        self.write_labels_after(layer, forward_batch)
+        self.write_labels(layer, forward_batch)
         return out
 
     def _needed(self) -> Variant:

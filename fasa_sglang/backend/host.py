@@ -121,9 +121,14 @@ def fasa_config(model_config: Any) -> FasaConfig:
 def load_dominant_fcs(model_config: Any) -> tuple[DominantFCs, int]:
     """The calibration of the served model and the number of chunks to read from it.
 
+    Read once per process, like ``fasa_config``.
+
     Raises:
         FasaError: The calibration is not set, broken, of another model, or has fewer chunks.
     """
+    kept = getattr(model_config, "fasa_dominant_fcs", None)
+    if kept is not None:
+        return kept
     config = fasa_config(model_config)
     if config.calibration is None:
         raise ConfigError(
@@ -143,6 +148,7 @@ def load_dominant_fcs(model_config: Any) -> tuple[DominantFCs, int]:
     dominant.check_model(ModelShape.from_config(model_config.hf_config), path)
     num_fcs = config.num_fcs or dominant.num_fcs
     dominant.model.check_num_fcs(num_fcs)
+    model_config.fasa_dominant_fcs = dominant, num_fcs
     return dominant, num_fcs
 
 

@@ -43,20 +43,6 @@ class FasaTorchAttnBackend(FasaBackend, TorchNativeAttnBackend):
             self.dense_view.seq_lens = forward_batch.seq_lens.clone()
             self.dense_view.seq_lens[self.sparse_lanes] = 1
 
-    def forward_extend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layer: Any,
-        forward_batch: Any,
-        save_kv_cache: bool = True,
-    ) -> torch.Tensor:
-        """SGLang's dense prefill; the labels are written beside the keys."""
-        out = super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
-        self.write_labels_after(layer, forward_batch)
-        return out
-
     def forward_decode(
         self,
         q: torch.Tensor,
@@ -76,7 +62,7 @@ class FasaTorchAttnBackend(FasaBackend, TorchNativeAttnBackend):
                 forward_batch.req_pool_indices[i], : self.lanes[i].seq_len
             ]
             out[i] = self._attend(q[i], slots, layer, self.lanes[i]).flatten().to(out.dtype)
-        self.write_labels_after(layer, forward_batch)
+        self.write_labels(layer, forward_batch)
         return out
 
     def _attend(

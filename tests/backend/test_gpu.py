@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fasa_sglang.workloads.engine import EAGER, flush_cache, running_engine
-from serving import divergence, generate
+from serving import MARGIN, divergence, generate, margins
 
 pytestmark = pytest.mark.gpu
 
@@ -134,6 +134,42 @@ def test_labels_follow_slots_through_the_prefix_cache(engine: Any) -> None:
         [cold] = generate(engine, [prompt], [fasa], 24, return_logprob=True, ignore_eos=True)
         assert cold["meta_info"]["cached_tokens"] == 0
         assert divergence(cold, reply) is None
+
+
+@pytest.mark.slow
+def test_real_weights_with_covering_budgets_equal_dense(
+    smollm2_path: Path, tmp_path: Path, draw: Callable[[Any, Any], Any]
+) -> None:
+    """Every token, up to the first step at which dense's own lead is below bfloat16's rounding."""
+    from transformers import AutoTokenizer
+
+    from fasa_sglang.calibration import corpus
+    from fasa_sglang.dominant_fcs import ModelShape
+    from fasa_sglang.workloads.models import any_chunks, load_config
+
+    count, longest = draw(8, 64), 8000
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_path)
+    ids = tokenizer(corpus.default_text().content[:400_000]).input_ids
+    ratio = (longest / 10) ** (1 / (count - 1))
+    texts = [ids[500 * i : 500 * i + round(10 * ratio**i)] for i in range(count)]
+    calibration = tmp_path / "smollm2.safetensors"
+    any_chunks(ModelShape.from_config(load_config(str(smollm2_path))), 16).save(calibration)
+    settings = {"calibration": str(calibration), "min_seq_len": 0, "max_budget": 8192}
+    common = {"mem_fraction_static": 0.5, "cuda_graph_max_bs_decode": 16}
+    common |= {"max_running_requests": 16}
+    with running_engine(smollm2_path, None, **common) as engine:
+        dense = generate(engine, texts, [None] * count, 64, return_logprob=True, ignore_eos=True)
+    with running_engine(smollm2_path, settings, **common) as engine:
+        sparse = generate(engine, texts, [COVERED] * count, 64, ignore_eos=True)
+    problems = []
+    for text, expected, got in zip(texts, dense, sparse, strict=True):
+        assert got["meta_info"]["fasa"]["sparse_steps"] == 63
+        leads = margins(expected)
+        certain = next((i for i, lead in enumerate(leads) if lead < MARGIN), len(leads))
+        print(f"{len(text)} tokens: compared to step {certain}")
+        if got["output_ids"][:certain] != expected["output_ids"][:certain]:
+            problems.append(f"{len(text)} tokens differ before step {certain}")
+    assert not problems, "\n".join(problems)
 
 
 @pytest.mark.slow
