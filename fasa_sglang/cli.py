@@ -20,6 +20,15 @@ COMMANDS = {
 }
 
 
+def own_command(*arguments: str) -> list[str]:
+    """This command line, to be run in a process of its own.
+
+    ``-P`` keeps the working directory, which may be a checkout, from hiding what is installed.
+    """
+    code = "import sys; from fasa_sglang.cli import main; sys.exit(main(sys.argv[1:]))"
+    return [sys.executable, "-P", "-c", code, *arguments]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; exit code 0 only if the thing was done."""
     argv = sys.argv[1:] if argv is None else list(argv)

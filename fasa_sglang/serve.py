@@ -23,14 +23,15 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from fasa_sglang.backend.label_cache import label_bytes_per_token
 from fasa_sglang.calibration_cache import cached_calibration
+from fasa_sglang.cli import own_command
 from fasa_sglang.config import CHOICES, FasaConfig
 from fasa_sglang.dominant_fcs import DominantFCs
 from fasa_sglang.errors import ConfigError, FasaError
 from fasa_sglang.platforms import PLATFORM_NAME
 
 OVERRIDES = "--json-model-override-args"
-LABEL_BYTES = {"fp8": 1, "bf16": 2}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -129,8 +130,7 @@ def _calibration(model: str, given: str | None, console: Console) -> tuple[Path,
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".part-{os.getpid()}.safetensors")
     # In a process of its own, so that no model stays in the GPU's memory.
-    code = "import sys; from fasa_sglang.cli import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-P", "-c", code, "calibrate", "--model", model, "--out", str(part)]
+    command = own_command("calibrate", "--model", model, "--out", str(part))
     done = subprocess.run(command, stdout=subprocess.DEVNULL)
     if done.returncode:
         raise FasaError(f"{model} could not be calibrated; the lines above say why")
@@ -158,8 +158,9 @@ def _announce(
         pool_tokens = _pool_tokens(url)
     shape = dominant.model
     num_fcs = config.num_fcs or dominant.num_fcs
-    heads = shape.num_layers * shape.num_kv_heads
-    label_bytes = heads * 2 * num_fcs * LABEL_BYTES[config.label_dtype]
+    label_bytes = label_bytes_per_token(
+        shape.num_layers, shape.num_kv_heads, num_fcs, config.label_dtype
+    )
     rows = {
         "model": f"{model} ({shape.architecture}, {shape.num_layers} layers, "
         f"{shape.num_kv_heads} KV heads)",

@@ -34,7 +34,12 @@ ALLOWED = {
     "datasets": ("fasa_sglang.calibration.corpus",),
     "matplotlib": ("fasa_sglang.calibration.heatmap", "fasa_sglang.workloads.plots"),
     # The calibration and the workloads meet the server only through files and requests.
-    "fasa_sglang.backend": ("fasa_sglang.backend", "fasa_sglang.plugin", "fasa_sglang.doctor"),
+    "fasa_sglang.backend": (
+        "fasa_sglang.backend",
+        "fasa_sglang.plugin",
+        "fasa_sglang.doctor",
+        "fasa_sglang.serve",
+    ),
     "fasa_sglang.calibration": ("fasa_sglang.calibration", "fasa_sglang.workloads"),
     "fasa_sglang.workloads": ("fasa_sglang.workloads",),
 }

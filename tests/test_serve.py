@@ -17,6 +17,7 @@ import pytest
 
 from fasa_sglang.calibration_cache import cached_calibration, model_fingerprint
 from fasa_sglang.errors import CalibrationError
+from serving import free_port
 
 FASA = shutil.which("fasa", path=Path(sys.executable).parent)
 
@@ -46,14 +47,6 @@ def wait_for_lines(process: subprocess.Popen[Any], log: Path) -> dict[str, str]:
         assert process.poll() is None, log.read_text()[-3000:]
         time.sleep(1)
     raise AssertionError(log.read_text()[-3000:])
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.mark.slow

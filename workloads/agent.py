@@ -15,7 +15,6 @@ import re
 import signal
 import statistics
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from rich.table import Table
 
 from fasa_sglang import __version__
 from fasa_sglang.calibration import corpus
+from fasa_sglang.cli import own_command
 from fasa_sglang.errors import FasaError
 from fasa_sglang.workloads.models import smollm2
 
@@ -249,8 +249,7 @@ def _server(args: argparse.Namespace) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    code = "import sys; from fasa_sglang.cli import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-P", "-c", code, "serve", args.model or str(smollm2())]
+    command = own_command("serve", args.model or str(smollm2()))
     command += ["--port", str(port), "--enable-cache-report", "--log-level", "error"]
     command += ["--sampling-backend", "pytorch", "--grammar-backend", "none"]
     command += ["--settings", json.dumps({"min_seq_len": min(2048, args.prefix_tokens)})]

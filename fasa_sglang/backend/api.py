@@ -65,10 +65,8 @@ def check_request(manager: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
     with _refusals_counted(manager):
         if META_KEY in params:
             # The client's own dict may serve several requests; it is not changed.
-            params = dict(params)
-            asked = params.pop(META_KEY)
-            params["custom_params"] = merged_params(params.get("custom_params"), asked)
-            obj.sampling_params = params
+            rest = {key: value for key, value in params.items() if key != META_KEY}
+            params = obj.sampling_params = _with_fasa(rest, params[META_KEY])
         check_params(manager, params.get("custom_params"))
 
 

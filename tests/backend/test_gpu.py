@@ -79,7 +79,7 @@ def test_kinds_of_batches_alternate_at_one_size(engine: Any, dense: list[dict[st
     Lanes that read everything answer as SGLang's own backend does, whatever stands beside them.
     """
     order = [*BATCHES, *reversed(BATCHES), "mixed", "dense", "sparse", "dense"]
-    problems, seen = [], {}
+    problems = []
     for kind in order:
         asked = BATCHES[kind]
         replies = generate(engine, prompts(), asked, NEW_TOKENS, ignore_eos=True)
@@ -87,7 +87,6 @@ def test_kinds_of_batches_alternate_at_one_size(engine: Any, dense: list[dict[st
             report = reply["meta_info"]["fasa"]
             assert report["sparse_steps"] == (NEW_TOKENS - 1 if fasa else 0)
             if fasa is True or not attends_to_all(fasa, LENGTHS[i]):
-                assert seen.setdefault((kind, i), reply["output_ids"])
                 continue
             problem = divergence(dense[i], reply)
             if problem:

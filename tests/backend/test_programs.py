@@ -85,11 +85,6 @@ def test_forks_inherit_and_override() -> None:
 
 
 def test_typed_generation() -> None:
-    @sgl.function
-    def number(s: Any) -> None:
-        s += PROMPT + "x = "
-        s += sgl.gen_int("x", max_tokens=4, fasa={"budget": 64})
-
     # The server runs without a grammar backend, so only what would be sent is looked at.
     expression = sgl.gen_int("x", fasa={"budget": 64})
     assert expression.sampling_params.to_srt_kwargs()["custom_params"] == {"fasa": {"budget": 64}}
