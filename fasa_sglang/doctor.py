@@ -127,7 +127,7 @@ def _hooks() -> str:
 
     missing = missing_hooks()
     if missing:
-        raise FasaError(f"SGLang lacks {', '.join(missing)}; use SGLang 0.5.17 to 0.5.23")
+        raise FasaError(f"cannot hook {', '.join(missing)}; use SGLang 0.5.17 to 0.5.23")
     return f"{len(HOOKS)} of {len(HOOKS)} applied"
 
 

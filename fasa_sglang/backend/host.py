@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -198,12 +199,31 @@ KEPT_LEN_METHOD = "owned_kv_len" if hasattr(Req, "owned_kv_len") else "effective
 
 
 def missing_hooks() -> list[str]:
-    """Targets of ours that SGLang did not patch (it logs and goes on)."""
+    """Targets of ours that SGLang did not patch (it logs and goes on), with the reason."""
     from sglang.srt.plugins.hook_registry import HookRegistry
 
     from fasa_sglang.backend.hooks import HOOKS
 
-    return [hook.target for hook in HOOKS if hook.target not in HookRegistry._patched]
+    targets = [hook.target for hook in HOOKS if hook.target not in HookRegistry._patched]
+    return [f"{target} ({_why_missing(target)})" for target in targets]
+
+
+def _why_missing(target: str) -> str:
+    """What keeps SGLang's module from being imported; SGLang's own message hides it."""
+    module = target
+    while "." in module:
+        module = module.rpartition(".")[0]
+        try:
+            if find_spec(module) is None:
+                continue
+        except ModuleNotFoundError:  # a class, or a module that cannot be imported: its turn comes
+            continue
+        try:
+            import_module(module)
+        except ImportError as error:
+            return str(error)
+        break
+    return "not there"
 
 
 def _require_hooks() -> None:
@@ -212,6 +232,6 @@ def _require_hooks() -> None:
         from sglang.version import __version__
 
         raise UnsupportedHostError(
-            f"SGLang {__version__} lacks {', '.join(missing)}, which FASA hooks; use SGLang 0.5.17 "
-            "to 0.5.23, and see fasa doctor"
+            f"FASA cannot hook {', '.join(missing)} in SGLang {__version__}; use SGLang 0.5.17 to "
+            "0.5.23 with all packages it needs, and see fasa doctor"
         )

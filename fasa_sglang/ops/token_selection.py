@@ -34,7 +34,7 @@ IN_REGISTERS = 4096
 POINTED_STEPS = 8
 # A tile of one warp, whose scan needs no barrier.
 BLOCK_TOKENS = 512
-MANY_ROWS = 256
+NUM_PROCESSORS = 132
 
 
 @triton.jit
@@ -45,15 +45,12 @@ def _order_key(b_x):
 
 
 @triton.jit
-def _guess_kernel(
-    scores_ptr,
-    seq_lens_ptr,
-    budgets_ptr,
-    sinks_ptr,
-    recents_ptr,
-    guesses_ptr,
-    scores_stride,
-    H: tl.constexpr,
+def _guess(
+    p_row,
+    seq_len,
+    budget,
+    sink,
+    recent,
     NB: tl.constexpr,
     SAMPLED: tl.constexpr,
     SMALLEST: tl.constexpr,
@@ -62,18 +59,11 @@ def _guess_kernel(
     CAUTION: tl.constexpr,
 ):
     """A score of a row that surely enough of its tokens reach, and few more."""
-    i_r = tl.program_id(0)
-    i_b = i_r // H
-    seq_len, budget = tl.load(seq_lens_ptr + i_b), tl.load(budgets_ptr + i_b)
-    if seq_len <= budget:
-        return
-    sink, recent = tl.load(sinks_ptr + i_b), tl.load(recents_ptr + i_b)
     sample = tl.minimum(tl.maximum(seq_len // SAMPLED, SMALLEST), SAMPLE)
     stride = tl.cdiv(seq_len, sample)
     o_i = tl.arange(0, SAMPLE)
     o_t = (o_i // GROUP) * (GROUP * stride) + o_i % GROUP
     m_free = (o_t >= sink) & (o_t < seq_len - recent)
-    p_row = scores_ptr + i_r.to(tl.int64) * scores_stride
     b_score = tl.load(p_row + o_t, mask=m_free, other=0.0).to(tl.float32)
     high = tl.max(tl.where(m_free, b_score, float("-inf")), axis=0)
     low = tl.min(tl.where(m_free, b_score, float("inf")), axis=0)
@@ -90,7 +80,44 @@ def _guess_kernel(
     # The least score of that bin and the ones above: nothing lies between it and the bin's edge.
     guess = tl.min(tl.where(m_free & (b_bin >= bin), b_score, float("inf")), axis=0)
     # A sample that holds too few asks for the whole row.
-    tl.store(guesses_ptr + i_r, tl.where(num >= enough, guess, float("-inf")))
+    return tl.where(num >= enough, guess, float("-inf"))
+
+
+@triton.jit
+def _guess_kernel(
+    scores_ptr,
+    seq_lens_ptr,
+    budgets_ptr,
+    sinks_ptr,
+    recents_ptr,
+    guesses_ptr,
+    scores_stride,
+    H: tl.constexpr,
+    NB: tl.constexpr,
+    SAMPLED: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    LARGEST: tl.constexpr,
+    GROUP: tl.constexpr,
+    CAUTION: tl.constexpr,
+):
+    i_r = tl.program_id(0)
+    i_b = i_r // H
+    # All before the branch, so that they wait together.
+    seq_len, budget = tl.load(seq_lens_ptr + i_b), tl.load(budgets_ptr + i_b)
+    sink, recent = tl.load(sinks_ptr + i_b), tl.load(recents_ptr + i_b)
+    if seq_len <= budget:
+        return
+    p_row = scores_ptr + i_r.to(tl.int64) * scores_stride
+    # A short row in a server of long contexts is not to pay for their sample.
+    if seq_len <= SMALLEST * SAMPLED:
+        guess = _guess(
+            p_row, seq_len, budget, sink, recent, NB, SAMPLED, SMALLEST, SMALLEST, GROUP, CAUTION
+        )
+    else:
+        guess = _guess(
+            p_row, seq_len, budget, sink, recent, NB, SAMPLED, SMALLEST, LARGEST, GROUP, CAUTION
+        )
+    tl.store(guesses_ptr + i_r, guess)
 
 
 @triton.jit
@@ -111,31 +138,42 @@ def _collect_kernel(
     """Positions above the guess from a row's front on, positions at the guess from its back."""
     i_s, i_r = tl.program_id(0), tl.program_id(1)
     i_b = i_r // H
-    seq_len, budget = tl.load(seq_lens_ptr + i_b), tl.load(budgets_ptr + i_b)
-    if (seq_len <= budget) | (i_s * BT >= seq_len):
-        return
-    sink, recent = tl.load(sinks_ptr + i_b), tl.load(recents_ptr + i_b)
-    guess = tl.load(guesses_ptr + i_r)
     p_row = scores_ptr + i_r.to(tl.int64) * scores_stride
     p_position = positions_ptr + i_r.to(tl.int64) * (2 * ROOM)
+    seq_len, budget = tl.load(seq_lens_ptr + i_b), tl.load(budgets_ptr + i_b)
+    sink, recent = tl.load(sinks_ptr + i_b), tl.load(recents_ptr + i_b)
+    guess = tl.load(guesses_ptr + i_r)
+    if (seq_len <= budget) | (i_s * BT >= seq_len):
+        return
     for i_t in range(i_s, tl.cdiv(seq_len, BT), tl.num_programs(0)):
-        o_t = i_t * BT + tl.arange(0, BT)
-        m_free = (o_t >= sink) & (o_t < seq_len - recent)
-        b_score = tl.load(p_row + o_t, mask=m_free, other=0.0).to(tl.float32)
-        m_above, m_at = m_free & (b_score > guess), m_free & (b_score == guess)
+        # Two scores a word, words spread over the lanes as the stores want them.
+        o_w = tl.max_contiguous(i_t * (BT // 2) + tl.arange(0, BT // 2), 1)
+        o_t = 2 * o_w
+        b_word = tl.load(p_row.to(tl.pointer_type(tl.int32)) + o_w, mask=o_t < seq_len, other=0)
+        b_low = (b_word & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+        b_high = (b_word >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+        m_low = (o_t >= sink) & (o_t < seq_len - recent)
+        m_high = (o_t + 1 >= sink) & (o_t + 1 < seq_len - recent)
+        m_low_above, m_high_above = m_low & (b_low > guess), m_high & (b_high > guess)
+        m_low_at, m_high_at = m_low & (b_low == guess), m_high & (b_high == guess)
         # Both are counted in one word, so that one scan serves both.
-        b_in = m_above.to(tl.int32) + (m_at.to(tl.int32) << 16)
+        b_one = m_low_above.to(tl.int32) + (m_low_at.to(tl.int32) << 16)
+        b_in = b_one + m_high_above.to(tl.int32) + (m_high_at.to(tl.int32) << 16)
         num_in = tl.sum(b_in, axis=0)
         if num_in > 0:
             b_scan = tl.cumsum(b_in, axis=0) - b_in
             start = tl.atomic_add(counts_ptr + 2 * i_r, num_in & 0xFFFF, sem="relaxed")
-            b_place = start + (b_scan & 0xFFFF)
-            tl.store(p_position + b_place, o_t, mask=m_above & (b_place < ROOM))
+            if start + (num_in & 0xFFFF) <= ROOM:
+                p_front = p_position + start
+                tl.store(p_front + (b_scan & 0xFFFF), o_t, mask=m_low_above)
+                tl.store(p_front + ((b_scan + b_one) & 0xFFFF), o_t + 1, mask=m_high_above)
             if num_in >= 0x10000:
                 start = tl.atomic_add(counts_ptr + 2 * i_r + 1, num_in >> 16, sem="relaxed")
                 b_place = start + (b_scan >> 16)
-                p_back = p_position + 2 * ROOM - 1 - b_place
-                tl.store(p_back, o_t, mask=m_at & (b_place < ROOM))
+                p_back = p_position + 2 * ROOM - 1
+                tl.store(p_back - b_place, o_t, mask=m_low_at & (b_place < ROOM))
+                b_place = start + ((b_scan + b_one) >> 16)
+                tl.store(p_back - b_place, o_t + 1, mask=m_high_at & (b_place < ROOM))
 
 
 @triton.jit
@@ -277,7 +315,7 @@ class SelectionBuffers:
 
     def __init__(self, scores: ScoreBuffers) -> None:
         rows, device = scores.scores.shape[0], scores.scores.device
-        self.guesses = torch.empty(rows, dtype=torch.float32, device=device)
+        self.guesses = torch.empty(rows, dtype=torch.float16, device=device)
         self.counts = torch.zeros(rows, 2, dtype=torch.int32, device=device)
         self.positions = torch.empty(rows, 2 * ROOM, dtype=torch.int32, device=device)
 
@@ -322,7 +360,8 @@ def select_tokens(
     rows = len(seq_lens) * num_kv_heads
     longest = scores.scores.shape[1]
     lengths = (seq_lens, budgets, sinks, recents)
-    sample = triton.next_power_of_2(longest // SAMPLED)
+    # A row for every processor of an H100 is quickest with many warps; more rows share them.
+    num_warps = 8 if rows <= NUM_PROCESSORS else 4
     _guess_kernel[(rows,)](
         scores.scores,
         *lengths,
@@ -332,13 +371,13 @@ def select_tokens(
         NB=NUM_BINS,
         SAMPLED=SAMPLED,
         SMALLEST=SMALLEST_SAMPLE,
-        SAMPLE=min(max(sample, SMALLEST_SAMPLE), LARGEST_SAMPLE),
+        LARGEST=SMALLEST_SAMPLE if longest <= SMALLEST_SAMPLE * SAMPLED else LARGEST_SAMPLE,
         GROUP=GROUP,
         CAUTION=CAUTION,
-        num_warps=8 if rows <= MANY_ROWS else 4,
+        num_warps=num_warps,
     )
-    # Enough blocks to fill an H100's 132 processors many times over.
-    splits = max(1, min(triton.cdiv(longest, BLOCK_TOKENS), 132 * 64 // rows))
+    # As many blocks as run at once, all told.
+    splits = max(1, min(triton.cdiv(longest, BLOCK_TOKENS), NUM_PROCESSORS * 32 // rows))
     _collect_kernel[(splits, rows)](
         scores.scores,
         *lengths,
@@ -369,6 +408,5 @@ def select_tokens(
         MOST=2**16,
         POINTED=POINTED_STEPS,
         ROOM=ROOM,
-        # Many rows keep the GPU busy with few warps each; few rows need many to be quick.
-        num_warps=8 if rows <= MANY_ROWS else 2,
+        num_warps=num_warps,
     )
