@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> None:
         dense = {_case(row): row for row in rows if row.backend != "fasa"}
         points = [
             (f"batch {row.batch_size}", row.prompt_len, dense[_case(row)].tpot_ms / row.tpot_ms)
-            for row in rows
+            for row in sorted(rows, key=_case)
             if row.fasa
         ]
         plot_speedup(points, "time per token, times SGLang's own backend", args.plot)
