@@ -16,6 +16,7 @@ COMMANDS = {
     "calibrate": ("fasa_sglang.calibration.command", "rank a model's frequency chunks"),
     "serve": ("fasa_sglang.serve", "start SGLang with FASA; calibrates a model the first time"),
     "bench": ("fasa_sglang.workloads.bench", "measure kernels, a server or an agent loop"),
+    "eval": ("fasa_sglang.workloads.eval", "measure answers beside dense and null baselines"),
     "demo": ("fasa_sglang.workloads.demo", "serve a long prompt with and without FASA"),
 }
 

@@ -16,8 +16,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "default": ("off", "on", "auto"),
     "combine": ("mean", "nrm"),
     "label_dtype": ("fp8", "bf16"),
-    "selector": ("fasa", "oracle", "streaming", "random", "quest"),
+    "selector": ("fasa", "oracle", "streaming", "random", "quest", "paged", "any"),
 }
+# What a request may choose from on a server whose selector is "any".
+SELECTORS = CHOICES["selector"][:-1]
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,10 @@ class FasaConfig:
         label_dtype: Element type of the label cache: ``fp8`` (e4m3, relative to the calibration's
             mean and spread of each dim) or ``bf16``.
         min_seq_len: Steps of requests shorter than this many tokens stay dense.
-        selector: What ranks the tokens; all but ``fasa`` are for comparison runs.
-        seed: Seed of the ``random`` selector.
+        selector: What ranks the tokens; all but ``fasa`` are for comparison runs: the exact
+            softmax weights (``oracle``), StreamingLLM, chance, Quest, and FASA's own scores by
+            pages of 16 tokens (``paged``). With ``any`` every request chooses.
+        seed: Seed of the ``random`` selector, unless the request says.
 
     Raises:
         ConfigError: A value has the wrong type or is out of its range.

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fasa_sglang.config import FasaConfig
+from fasa_sglang.config import SELECTORS, FasaConfig
 from fasa_sglang.errors import RequestError
 
 PREFIX_MODES = ("select", "full")
@@ -22,12 +22,16 @@ class FasaRequest:
         recent: Last tokens that are always attended.
         prefix: ``select`` chooses among all tokens; ``full`` attends to the whole prompt and
             spends the budget on generated tokens only.
+        selector: What ranks the tokens; one of ``SELECTORS``.
+        seed: Of the ``random`` selector.
     """
 
     budget: int
     sink: int
     recent: int
     prefix: str = "select"
+    selector: str = "fasa"
+    seed: int = 0
 
 
 def parse_request(
@@ -51,7 +55,7 @@ def parse_request(
         by_default = config.default == "on" or (
             config.default == "auto" and prompt_len >= config.min_seq_len
         )
-        return FasaRequest(config.budget, config.sink, config.recent) if by_default else None
+        return FasaRequest(**_defaults(config)) if by_default else None
     if asked is False:
         return None
     if asked is True:
@@ -65,6 +69,8 @@ def parse_request(
         "prefix": _one_of(PREFIX_MODES),
         "prune": _one_of(("off",)),
     }
+    if config.selector == "any":
+        parsers |= {"selector": _one_of(SELECTORS), "seed": _integer(minimum=0)}
     for key in asked:
         if key not in parsers:
             raise RequestError(
@@ -72,9 +78,7 @@ def parse_request(
             )
     values = {key: parsers[key](f"fasa.{key}", value) for key, value in asked.items()}
     values.pop("prune", None)
-    request = FasaRequest(
-        **{"budget": config.budget, "sink": config.sink, "recent": config.recent, **values}
-    )
+    request = FasaRequest(**{**_defaults(config), **values})
     least = request.sink + request.recent + 1
     if not least <= request.budget <= config.max_budget:
         raise RequestError(
@@ -82,6 +86,12 @@ def parse_request(
             f"{config.max_budget} tokens, got {request.budget}"
         )
     return request
+
+
+def _defaults(config: FasaConfig) -> dict[str, Any]:
+    selector = "fasa" if config.selector == "any" else config.selector
+    shared = {name: getattr(config, name) for name in ("budget", "sink", "recent", "seed")}
+    return {**shared, "selector": selector}
 
 
 def _integer(minimum: int) -> Any:

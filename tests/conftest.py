@@ -35,9 +35,9 @@ def draw(request: pytest.FixtureRequest) -> Callable[[Any, Any], Any]:
 
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
-    from fasa_sglang.workloads.models import smollm2
+    from fasa_sglang.workloads.packaged_models import packaged_model
 
-    return smollm2()
+    return packaged_model("smollm2")
 
 
 @pytest.fixture(scope="session")

@@ -96,3 +96,20 @@ def test_any_json_is_parsed_or_refused(fasa: Any) -> None:
         return
     assert request is None or request.sink + request.recent < request.budget <= CONFIG.max_budget
     json.dumps(fasa)
+
+
+def test_a_comparison_server_lets_requests_choose_their_selector() -> None:
+    server = FasaConfig(selector="any", seed=3)
+    assert parse_request({"fasa": True}, server, 9) == FasaRequest(2048, 4, 32, "select", "fasa", 3)
+    asked = {"fasa": {"selector": "random", "seed": 5}}
+    chosen = parse_request(asked, server, 9)
+    assert chosen is not None and (chosen.selector, chosen.seed) == ("random", 5)
+    with pytest.raises(RequestError, match=r"fasa.selector must be one of fasa, oracle, .*'any'"):
+        parse_request({"fasa": {"selector": "any"}}, server, 9)
+
+
+def test_other_servers_have_one_selector_for_all() -> None:
+    fixed = parse_request({"fasa": True}, FasaConfig(selector="quest"), 9)
+    assert fixed is not None and fixed.selector == "quest"
+    with pytest.raises(RequestError, match="fasa has no key 'selector'"):
+        parse_request({"fasa": {"selector": "quest"}}, FasaConfig(), 9)

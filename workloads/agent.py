@@ -12,11 +12,8 @@ import asyncio
 import json
 import random
 import re
-import signal
 import statistics
-import subprocess
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -28,9 +25,9 @@ from rich.table import Table
 
 from fasa_sglang import __version__
 from fasa_sglang.calibration import corpus
-from fasa_sglang.cli import own_command
 from fasa_sglang.errors import FasaError
-from fasa_sglang.workloads.models import smollm2
+from fasa_sglang.workloads.packaged_models import MODEL_HELP, find_model
+from fasa_sglang.workloads.server import flush_prefix_cache, running_server, server_url
 
 # English prose and code take about so many characters a token.
 CHARS_PER_TOKEN = 4
@@ -105,7 +102,7 @@ class Tools:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("--base-url", metavar="URL", help="of a server that runs, with FASA")
-    parser.add_argument("--model", help="to start a server with; default: SmolLM2-135M")
+    parser.add_argument("--model", default="smollm2", help=MODEL_HELP)
     parser.add_argument("--branches", type=int, default=4)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--prefix-tokens", type=int, default=4096, help="of the system prompt")
@@ -126,9 +123,18 @@ def run(args: argparse.Namespace) -> None:
     with _server(args) as url:
         results = {}
         for name, fasa in (("dense", False), ("FASA", args.fasa)):
-            _flush(url)
+            flush_prefix_cache(url)
             start = time.perf_counter()
-            answers = asyncio.run(drive(url, args, fasa))
+            answers = asyncio.run(
+                drive(
+                    url,
+                    branches=args.branches,
+                    turns=args.turns,
+                    prefix_tokens=args.prefix_tokens,
+                    seed=args.seed,
+                    fasa=fasa,
+                )
+            )
             results[name] = summary(answers, time.perf_counter() - start)
             results[name]["answers"] = [asdict(answer) for answer in answers]
     if results["FASA"]["kv_read_ratio"] is None:
@@ -139,23 +145,33 @@ def run(args: argparse.Namespace) -> None:
         Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
 
 
-async def drive(url: str, args: argparse.Namespace, fasa: Any) -> list[Answer]:
+async def drive(
+    url: str, *, branches: int, turns: int, prefix_tokens: int, seed: int, fasa: Any
+) -> list[Answer]:
     """Run all branches at once; returns their answers in order.
+
+    Args:
+        url: The server's address.
+        branches: Conversations over the shared prefix.
+        turns: Questions of each.
+        prefix_tokens: About so long is the shared prefix.
+        seed: Of the questions and the tools' answers.
+        fasa: What every request carries as ``fasa``.
 
     Raises:
         FasaError: The server refused a request.
     """
     import openai
 
-    tools = Tools(args.seed)
-    manual = corpus.default_text().content[: args.prefix_tokens * CHARS_PER_TOKEN]
+    tools = Tools(seed)
+    manual = corpus.default_text().content[: prefix_tokens * CHARS_PER_TOKEN]
     system = {"role": "system", "content": f"{manual}\n\n{RULES}"}
     async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=3600) as client:
         model = (await client.models.list()).data[0].id
 
         async def branch(number: int) -> list[Answer]:
-            draw = random.Random(f"{args.seed}-{number}")
-            names = draw.sample(sorted(tools.codes), args.turns)
+            draw = random.Random(f"{seed}-{number}")
+            names = draw.sample(sorted(tools.codes), turns)
             messages = [system]
             answers = []
             for turn, name in enumerate(names):
@@ -173,7 +189,7 @@ async def drive(url: str, args: argparse.Namespace, fasa: Any) -> list[Answer]:
             return answers
 
         try:
-            finished = await asyncio.gather(*(branch(number) for number in range(args.branches)))
+            finished = await asyncio.gather(*(branch(number) for number in range(branches)))
         except openai.APIError as error:
             raise FasaError(f"the server at {url} refused a request: {error}") from error
     return [answer for answers in finished for answer in answers]
@@ -242,46 +258,12 @@ async def _ask(client: Any, model: str, messages: list[Any], fasa: Any) -> dict[
 def _server(args: argparse.Namespace) -> Iterator[str]:
     """The address of the server given, or of one that runs for the time of the block."""
     if args.base_url:
-        yield args.base_url.rstrip("/").removesuffix("/v1")
+        yield server_url(args.base_url)
         return
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = own_command("serve", args.model or str(smollm2()))
-    command += ["--port", str(port), "--enable-cache-report", "--log-level", "error"]
-    command += ["--sampling-backend", "pytorch", "--grammar-backend", "none"]
-    command += ["--settings", json.dumps({"min_seq_len": min(2048, args.prefix_tokens)})]
-    server = subprocess.Popen(command)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        while not _is_up(url):
-            if server.poll() is not None:
-                raise FasaError("the server ended before it served; the lines above say why")
-            time.sleep(1)
+    settings = json.dumps({"min_seq_len": min(2048, args.prefix_tokens)})
+    flags = ("--enable-cache-report", "--settings", settings)
+    with running_server(find_model(args.model), *flags) as url:
         yield url
-    finally:
-        server.send_signal(signal.SIGTERM)
-        server.wait(120)
-
-
-def _is_up(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5) as reply:
-            return bool(reply.status == 200)
-    except OSError:
-        return False
-
-
-def _flush(url: str) -> None:
-    """Both runs begin with an empty prefix cache."""
-    try:
-        request = urllib.request.Request(f"{url}/flush_cache", method="POST")
-        with urllib.request.urlopen(request, timeout=60):
-            pass
-    except OSError as error:
-        raise FasaError(f"no SGLang server answers at {url} ({error})") from error
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:

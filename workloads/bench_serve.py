@@ -28,7 +28,8 @@ from rich.table import Table
 from fasa_sglang import __version__
 from fasa_sglang.dominant_fcs import ModelShape
 from fasa_sglang.workloads.engine import flush_cache, running_engine, update_weights
-from fasa_sglang.workloads.models import SHAPES, any_chunks, load_config, smollm2, write_shape
+from fasa_sglang.workloads.models import SHAPES, any_chunks, load_config, write_shape
+from fasa_sglang.workloads.packaged_models import packaged_model
 from fasa_sglang.workloads.plots import plot_speedup
 
 DEFAULT_CASES = {
@@ -147,7 +148,7 @@ def _case(row: Row) -> tuple[int, int]:
 def _model(shape: str, work: Path) -> tuple[str, dict[str, Any]]:
     """A folder to serve, and what SGLang has to be told about it."""
     if shape not in SHAPES:
-        return str(smollm2()), {}
+        return str(packaged_model(shape)), {}
     write_shape(shape, work / shape)
     return str(work / shape), {"load_format": "dummy", "mem_fraction_static": 0.9}
 

@@ -22,8 +22,8 @@ from fasa_sglang.calibration.command import progress_bar
 from fasa_sglang.calibration_cache import cache_dir
 from fasa_sglang.errors import FasaError
 from fasa_sglang.workloads.engine import flush_cache, running_engine
-from fasa_sglang.workloads.forced import agreement, forced_request
-from fasa_sglang.workloads.models import smollm2
+from fasa_sglang.workloads.forced import agreement, forced_request, steps
+from fasa_sglang.workloads.packaged_models import MODEL_HELP, find_model
 
 FACT = "Remember this: the passcode of the blue vault is 48213."
 QUESTION = "What is the passcode of the blue vault? Answer with one sentence."
@@ -34,7 +34,7 @@ MAX_NEW_TOKENS = 24
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("--model", help="Hugging Face folder or hub name; default: SmolLM2-135M")
+    parser.add_argument("--model", default="smollm2", help=MODEL_HELP)
     parser.add_argument("--prompt-tokens", type=int, default=4096, help="length of the prompt")
     parser.add_argument(
         "--budgets", type=_budgets, default=[512, 256], metavar="N,N", help="default: 512,256"
@@ -53,8 +53,8 @@ def run(args: argparse.Namespace) -> None:
         FasaError: The model cannot be had or served, or an answer is not what it must be.
     """
     console, log = Console(), Console(stderr=True)
-    log.print("model: " + (args.model or "SmolLM2-135M-Instruct, from the package index"))
-    model = args.model or str(smollm2())
+    log.print(f"model: {args.model}")
+    model = find_model(args.model)
     calibration = cache_dir() / "demo.fasa.safetensors"
     calibration.parent.mkdir(parents=True, exist_ok=True)
     tokenizer = _calibrate(model, calibration, args.prompt_tokens)
@@ -142,7 +142,7 @@ def _first_turn(
         forced = engine.generate(
             input_ids=_ids(tokenizer, conversation), **forced_request(dense_ids, custom_params)
         )
-        rows.append({**row, "top1_agreement": agreement(forced)})
+        rows.append({**row, "top1_agreement": agreement(steps(forced, dense_ids))})
     return rows
 
 

@@ -1,71 +1,142 @@
 """Make a served model follow given tokens, and see at each step what it would have said.
 
-The wanted token's logit is raised by ``BIAS``, so that greedy decoding takes it, while the
-returned log-probabilities still show how it stood against the best other token. The engine needs
+Every row of logits is replaced by its log-probabilities, the wanted token's by ``BIAS``, so that
+greedy decoding takes it. What is returned is then every token's log-probability less ``BIAS``,
+except the wanted one's, which is carried by a token that nobody asks for. The engine needs
 ``enable_custom_logit_processor=True``.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 
-# Larger than any lead another token has, and small enough to leave float32 log-probabilities
-# exact to 1e-5.
+# Larger than any log-probability, and small enough to leave float32 ones exact to 1e-5.
 BIAS = 100.0
 TOKENS = "forced_token_ids"
 STEP = "forced_step"
+CARRIER = "forced_carrier"
+# Best tokens returned of every step.
+TOP_TOKENS = 64
 
 
 class ForceTokens(CustomLogitProcessor):
-    """Raises the next of the request's ``forced_token_ids`` at every step."""
+    """Takes the next of the request's ``forced_token_ids`` at every step; none left, the best."""
 
     def __call__(
         self, logits: torch.Tensor, custom_param_list: list[dict[str, Any]] | None = None
     ) -> torch.Tensor:
-        """Add the bias to one logit of each row of ``logits``, ``[batch_size, vocab_size]``."""
+        """Rewrite each row of ``logits``, ``[batch_size, vocab_size]``, float32."""
         for row, params in zip(logits, custom_param_list or [], strict=True):
             # The step is counted here: under overlap scheduling the request's own output lags.
             step = params.get(STEP, 0)
             params[STEP] = step + 1
             if step < len(params[TOKENS]):
-                row[params[TOKENS][step]] += BIAS
+                forced = params[TOKENS][step]
+                row.copy_(row.log_softmax(dim=-1))
+                row[params[CARRIER]] = row[forced]
+                row[forced] = BIAS
         return logits
 
 
-def forced_request(token_ids: list[int], custom_params: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of ``Engine.generate`` that make it follow ``token_ids``."""
+@dataclass(frozen=True)
+class Step:
+    """What the model held of one forced token and of the others. Log-probabilities in nats.
+
+    Args:
+        token_id: The forced token.
+        logprob: Its log-probability.
+        others: Log-probabilities of the best other tokens.
+    """
+
+    token_id: int
+    logprob: float
+    others: Mapping[int, float]
+
+    @property
+    def lead(self) -> float:
+        """How far the forced token led the best other one; negative if it did not."""
+        return self.logprob - max(self.others.values())
+
+    @property
+    def best(self) -> int:
+        """The token that the model would have said itself."""
+        if self.lead >= 0:
+            return self.token_id
+        return max(self.others, key=lambda token: self.others[token])
+
+
+def forced_request(
+    token_ids: Sequence[int],
+    custom_params: Mapping[str, Any],
+    *,
+    top_tokens: int = 2,
+    free_tokens: int = 0,
+) -> dict[str, Any]:
+    """Parameters of ``Engine.generate`` and ``/generate`` that make it follow ``token_ids``.
+
+    Args:
+        token_ids: What the reply has to begin with.
+        custom_params: The request's own, ``fasa`` among them.
+        top_tokens: Best tokens to return of every step.
+        free_tokens: Tokens that the model may add.
+    """
+    carrier = next(i for i in range(len(token_ids) + 1) if i not in token_ids)
+    own = {TOKENS: list(token_ids), CARRIER: carrier}
     return {
         "sampling_params": {
             "temperature": 0,
-            "max_new_tokens": len(token_ids),
+            "max_new_tokens": len(token_ids) + free_tokens,
+            # A conversation that is forced has ends of turns in it.
             "ignore_eos": True,
-            "custom_params": {**custom_params, TOKENS: list(token_ids)},
+            "custom_params": {**custom_params, **own},
         },
         "custom_logit_processor": ForceTokens.to_str(),
         "return_logprob": True,
-        "top_logprobs_num": 2,
+        # The forced token and the carrier may be among them.
+        "top_logprobs_num": top_tokens + 2,
+        "token_ids_logprob": [carrier],
     }
 
 
-def leads(reply: dict[str, Any]) -> list[float]:
-    """How far each forced token led the best other token, in nats; negative if it did not.
-
-    The first one comes from the prefill, the others from decode steps.
-    """
-    result = []
+def steps(reply: Mapping[str, Any], token_ids: Sequence[int]) -> list[Step]:
+    """Read a reply to ``forced_request``; the first step is the prefill's, the others decode's."""
     meta = reply["meta_info"]
-    for (forced, token_id, *_), top in zip(
-        meta["output_token_logprobs"], meta["output_top_logprobs"], strict=True
+    result = []
+    for forced, top, carried in zip(
+        token_ids,
+        meta["output_top_logprobs"],
+        meta["output_token_ids_logprobs"],
+        strict=False,
     ):
-        best_other = max(logprob for logprob, other, *_ in top if other != token_id)
-        result.append(forced - BIAS - best_other)
+        [(logprob, carrier, *_)] = carried
+        others = {token: value + BIAS for value, token, *_ in top if token not in (forced, carrier)}
+        result.append(Step(forced, logprob + BIAS, others))
     return result
 
 
-def agreement(reply: dict[str, Any]) -> float:
+def agreement(made: Sequence[Step]) -> float:
     """Share of the decode steps at which the model would have said the forced token itself."""
-    decoded = leads(reply)[1:]
-    return sum(lead >= 0 for lead in decoded) / len(decoded)
+    decoded = made[1:]
+    return sum(step.lead >= 0 for step in decoded) / len(decoded)
+
+
+def divergence(reference: Step, step: Step) -> float:
+    """Kullback-Leibler divergence of ``step`` from ``reference``, in nats.
+
+    Tokens that only one of the two returned, and all that neither did, count as one outcome: the
+    result is a lower bound, and exact if ``TOP_TOKENS`` covers all.
+    """
+    mine = {**step.others, step.token_id: step.logprob}
+    theirs = {**reference.others, reference.token_id: reference.logprob}
+    shared = mine.keys() & theirs.keys()
+    total = sum(math.exp(theirs[token]) * (theirs[token] - mine[token]) for token in shared)
+    rest, other_rest = (
+        max(1e-7, 1 - sum(math.exp(held[token]) for token in shared)) for held in (theirs, mine)
+    )
+    return max(0.0, total + rest * math.log(rest / other_rest))

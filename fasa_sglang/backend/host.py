@@ -81,6 +81,12 @@ def require_supported_host(runner: Any) -> None:
         )
     graphs = get_exec().graph.cuda_graph_config.decode.backend
     if serves_on_flashinfer(runner):
+        selector = fasa_config(runner.model_config).selector
+        if selector != "fasa" and graphs != "disabled":
+            raise UnsupportedHostError(
+                f"selector {selector!r} ranks in torch and cannot be captured in CUDA graphs; "
+                "start with --cuda-graph-backend-decode disabled"
+            )
         if keys.dtype not in (torch.float16, torch.bfloat16) or keys.shape[2] not in HEAD_DIMS:
             raise UnsupportedHostError(
                 f"FlashInfer attends to float16 or bfloat16 heads of {HEAD_DIMS} dims, got "
@@ -91,17 +97,11 @@ def require_supported_host(runner: Any) -> None:
                 f"FASA's decode graphs are whole ones, got {graphs}; start with "
                 "--cuda-graph-backend-decode full, or disabled"
             )
-    elif keys.is_cuda and graphs != "disabled":
-        raise UnsupportedHostError(
-            f"selector {fasa_config(runner.model_config).selector!r} runs in torch and cannot be "
-            "captured in CUDA graphs; start with --cuda-graph-backend-decode disabled"
-        )
 
 
 def serves_on_flashinfer(runner: Any) -> bool:
-    """Whether the GPU backend serves; the torch backend serves CPUs and comparison runs."""
-    on_gpu = runner.token_to_kv_pool.k_buffer[0].is_cuda
-    return on_gpu and fasa_config(runner.model_config).selector == "fasa"
+    """Whether the GPU backend serves; the torch backend serves CPUs."""
+    return runner.token_to_kv_pool.k_buffer[0].is_cuda
 
 
 def uses_fasa(server_args: Any) -> bool:

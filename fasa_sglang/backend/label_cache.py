@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from fasa_sglang.dominant_fcs import DominantFCs
-from fasa_sglang.ops.reference import pack_labels
+from fasa_sglang.ops.reference import pack_labels, token_importance
 
 LABEL_DTYPES = {"fp8": torch.float8_e4m3fn, "bf16": torch.bfloat16}
 
@@ -84,3 +84,25 @@ class LabelCache:
                 self.scale[layer],
                 self.labels.dtype,
             ).view(torch.uint8)
+
+    def scores(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        slots: torch.Tensor,
+        seq_lens: torch.Tensor,
+        *,
+        sm_scale: float,
+        combine: str,
+    ) -> torch.Tensor:
+        """``reference.token_importance`` with one of this rank's layers."""
+        return token_importance(
+            q,
+            self.labels[layer],
+            self.dims[layer].long(),
+            self.scale[layer],
+            slots,
+            seq_lens,
+            sm_scale=sm_scale,
+            combine=combine,
+        )

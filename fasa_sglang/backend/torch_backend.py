@@ -16,6 +16,8 @@ from fasa_sglang.backend.base import FasaBackend
 from fasa_sglang.backend.step import LaneStep
 from fasa_sglang.config import FasaConfig
 from fasa_sglang.ops import reference
+from fasa_sglang.ops.comparison import selector_scores
+from fasa_sglang.requests import FasaRequest
 
 
 class FasaTorchAttnBackend(FasaBackend, TorchNativeAttnBackend):
@@ -74,7 +76,7 @@ class FasaTorchAttnBackend(FasaBackend, TorchNativeAttnBackend):
         seq_lens = torch.tensor([lane.seq_len], device=q.device)
         k_cache = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
         v_cache = self.token_to_kv_pool.get_value_buffer(layer.layer_id)
-        scores = self._score(q, k_cache, slots, seq_lens, layer)
+        scores = self._score(q, k_cache, slots, seq_lens, layer, lane.request)
         positions, _ = reference.select_tokens(
             scores,
             seq_lens,
@@ -94,31 +96,29 @@ class FasaTorchAttnBackend(FasaBackend, TorchNativeAttnBackend):
         slots: torch.Tensor,
         seq_lens: torch.Tensor,
         layer: Any,
+        request: FasaRequest,
     ) -> torch.Tensor:
-        """Rank the tokens with the configured selector, ``[1, HKV, L]``."""
-        selector, combine = self.config.selector, self.config.combine
-        if selector == "oracle":
-            return reference.oracle_importance(q, k_cache, slots, seq_lens, sm_scale=layer.scaling)
-        if selector == "quest":
-            return reference.quest_importance(
-                q, k_cache, slots, seq_lens, sm_scale=layer.scaling, combine=combine
+        """Rank the tokens with the request's selector, ``[1, HKV, L]``."""
+
+        def label_scores() -> torch.Tensor:
+            return self.label_cache.scores(
+                layer.layer_id - self.first_layer,
+                q,
+                slots,
+                seq_lens,
+                sm_scale=layer.scaling,
+                combine=self.config.combine,
             )
-        if selector == "streaming":
-            return reference.streaming_importance(seq_lens, k_cache.shape[1], slots.shape[1])
-        if selector == "random":
-            # Another draw for every layer and step, the same one in a repeated run.
-            seed = hash((self.config.seed, layer.layer_id, slots.shape[1]))
-            return reference.random_importance(
-                seq_lens, k_cache.shape[1], slots.shape[1], seed=seed
-            )
-        local = layer.layer_id - self.first_layer
-        return reference.token_importance(
+
+        return selector_scores(
+            request.selector,
             q,
-            self.label_cache.labels[local],
-            self.label_cache.dims[local].long(),
-            self.label_cache.scale[local],
+            k_cache,
             slots,
             seq_lens,
+            label_scores,
             sm_scale=layer.scaling,
-            combine=combine,
+            combine=self.config.combine,
+            # Another draw for every layer and step, the same one in a repeated run.
+            seeds=[hash((request.seed, layer.layer_id, slots.shape[1]))],
         )

@@ -144,16 +144,35 @@ def quest_importance(
     """
     q = _group_heads(q, k_cache.shape[1])
     batch_size, longest = slots.shape
-    num_pages = -(-longest // QUEST_PAGE_SIZE)
     scores = q.new_full((*q.shape[:3], longest), -torch.inf)
     for b in range(batch_size):
         keys = k_cache[slots[b, : seq_lens[b]]].float()
-        bounds = q.new_full((*q.shape[1:3], num_pages), -torch.inf)
-        for page, page_keys in enumerate(keys.split(QUEST_PAGE_SIZE)):
-            low, high = page_keys.amin(dim=0)[:, None], page_keys.amax(dim=0)[:, None]
-            bounds[:, :, page] = torch.maximum(q[b] * low, q[b] * high).sum(dim=-1) * sm_scale
-        scores[b] = bounds.repeat_interleave(QUEST_PAGE_SIZE, dim=-1)[..., :longest]
+        # The last page is filled up with the last key, which changes neither bound.
+        keys = torch.cat([keys, keys[-1:].expand(-len(keys) % QUEST_PAGE_SIZE, -1, -1)])
+        pages = keys.unflatten(0, (-1, QUEST_PAGE_SIZE))
+        low, high = (bound.transpose(0, 1) for bound in (pages.amin(dim=1), pages.amax(dim=1)))
+        # The larger of q * low and q * high, dim by dim: the sign of q decides.
+        above, below = q[b].clamp(min=0), q[b].clamp(max=0)
+        bounds = (above @ high.transpose(1, 2) + below @ low.transpose(1, 2)) * sm_scale
+        tokens = bounds.repeat_interleave(QUEST_PAGE_SIZE, dim=-1)[..., : seq_lens[b]]
+        scores[b, ..., : seq_lens[b]] = tokens
     return combine_group(_mask_past_end(scores, seq_lens), combine)
+
+
+def page_importance(scores: torch.Tensor) -> torch.Tensor:
+    """Give every token the best score of its page, as page-granular selection would.
+
+    Args:
+        scores: ``[B, HKV, L]``, float32, ``-inf`` past the end.
+
+    Returns:
+        Likewise; ``-inf`` where it was.
+    """
+    longest = scores.shape[-1]
+    filled = torch.nn.functional.pad(scores, (0, -longest % QUEST_PAGE_SIZE), value=-torch.inf)
+    best = filled.unflatten(-1, (-1, QUEST_PAGE_SIZE)).amax(dim=-1)
+    spread = best.repeat_interleave(QUEST_PAGE_SIZE, dim=-1)[..., :longest]
+    return spread.masked_fill(scores == -torch.inf, -torch.inf)
 
 
 def streaming_importance(seq_lens: torch.Tensor, num_kv_heads: int, longest: int) -> torch.Tensor:

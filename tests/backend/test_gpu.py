@@ -144,6 +144,25 @@ def test_labels_follow_slots_through_the_prefix_cache(engine: Any) -> None:
     assert agreeing > 0.75 * 24 * len(warm)
 
 
+def test_comparison_selectors_share_a_batch_and_equal_dense_where_they_cover(
+    dense: list[dict[str, Any]], random_model: Path, random_calibration: str
+) -> None:
+    """Every selector beside every other, dense and FASA among them, with and without the prompt."""
+    settings = {"calibration": random_calibration, "min_seq_len": 0, "max_budget": 8192}
+    settings["selector"] = "any"
+    selectors = ["oracle", "streaming", "random", "quest", "paged"]
+    covering: list[Any] = [{**COVERED, "selector": name} for name in selectors]
+    covering += [{**COVERED, "selector": "oracle", "prefix": "full"}, None, COVERED]
+    small = [{**asked, "budget": 64} if asked else None for asked in covering]
+    with running_engine(random_model, settings, **COMMON) as engine:
+        replies = generate(engine, prompts(), covering, NEW_TOKENS, ignore_eos=True)
+        few = generate(engine, prompts(), small, NEW_TOKENS, ignore_eos=True)
+    problems = [divergence(*pair) for pair in zip(dense, replies, strict=True)]
+    assert not any(problems), problems
+    assert all(reply["meta_info"]["fasa"]["kv_read_ratio"] < 0.7 for reply in few[3:5])
+    assert few[4]["output_ids"] != dense[4]["output_ids"]
+
+
 @pytest.mark.slow
 def test_real_weights_with_covering_budgets_equal_dense(
     smollm2_path: Path, tmp_path: Path, draw: Callable[[Any, Any], Any]
@@ -185,7 +204,7 @@ def test_real_weights_with_covering_budgets_equal_dense(
     ("settings", "flags", "message"),
     [
         ({}, {"kv_cache_dtype": "fp8_e4m3"}, "FASA needs keys of the model's"),
-        ({"selector": "oracle"}, {}, "selector 'oracle' runs in torch and cannot be captured"),
+        ({"selector": "oracle"}, {}, "selector 'oracle' ranks in torch and cannot be captured"),
         ({}, {"cuda_graph_backend_decode": "breakable"}, "decode graphs are whole ones"),
     ],
     ids=["fp8-keys", "oracle-under-graphs", "breakable-graphs"],

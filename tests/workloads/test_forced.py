@@ -1,0 +1,79 @@
+"""What a forced run says of every step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from fasa_sglang.workloads.forced import (
+    BIAS,
+    ForceTokens,
+    Step,
+    agreement,
+    divergence,
+    forced_request,
+    steps,
+)
+
+
+def step(logits: torch.Tensor, forced: int, shown: int) -> Step:
+    """A step as it comes back, ``shown`` other tokens of it."""
+    held = logits.log_softmax(dim=-1)
+    others = {int(i): float(held[i]) for i in held.topk(shown + 1).indices if int(i) != forced}
+    return Step(forced, float(held[forced]), others)
+
+
+def test_divergence_is_exact_over_all_tokens_and_a_lower_bound_over_few() -> None:
+    torch.manual_seed(0)
+    for _ in range(20):
+        one, other = torch.randn(2, 50) * 3
+        p, q = one.log_softmax(dim=-1), other.log_softmax(dim=-1)
+        exact = float((p.exp() * (p - q)).sum())
+        found = divergence(step(one, 7, 49), step(other, 7, 49))
+        assert found == pytest.approx(exact, rel=1e-4)
+        bounds = [divergence(step(one, 7, n), step(other, 7, n)) for n in (2, 10, 30)]
+        assert all(0 <= bound <= exact * (1 + 1e-4) for bound in bounds)
+    assert divergence(step(one, 7, 10), step(one, 7, 10)) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_processor_forces_and_leaves_every_probability_readable() -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(2, 30) * 5
+    wanted = [[4, 9], [11]]
+    params: list[dict[str, Any]] = [
+        forced_request(ids, {}, top_tokens=28)["sampling_params"]["custom_params"] for ids in wanted
+    ]
+    processor = ForceTokens()
+    for number in range(2):
+        made = processor(rows.clone(), params).log_softmax(dim=-1)
+        for i, ids in enumerate(wanted):
+            held = rows[i].log_softmax(dim=-1)
+            if number >= len(ids):
+                # Nothing left to force: the model goes on by itself.
+                torch.testing.assert_close(made[i], held)
+                continue
+            assert made[i].argmax() == ids[number]
+            top = [(float(v), t, None) for t, v in enumerate(made[i])]
+            carrier = params[i]["forced_carrier"]
+            reply = {
+                "meta_info": {
+                    "output_top_logprobs": [top],
+                    "output_token_ids_logprobs": [[(float(made[i][carrier]), carrier, None)]],
+                }
+            }
+            [got] = steps(reply, [ids[number]])
+            assert got.logprob == pytest.approx(float(held[ids[number]]), abs=2e-5)
+            for token, logprob in got.others.items():
+                assert logprob == pytest.approx(float(held[token]), abs=2e-5)
+            assert carrier not in got.others and ids[number] not in got.others
+
+
+def test_agreement_counts_decode_steps_only() -> None:
+    """The first token comes from the dense prefill, whatever the setting."""
+    led, behind = Step(1, -0.1, {2: -3.0}), Step(1, -3.0, {2: -0.1})
+    assert agreement([behind, led, led, behind]) == pytest.approx(2 / 3)
+    assert (led.best, behind.best) == (1, 2)
+    assert led.lead == pytest.approx(2.9) and math.isfinite(BIAS)

