@@ -16,6 +16,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "default": ("off", "on", "auto"),
     "combine": ("mean", "nrm"),
     "label_dtype": ("fp8", "bf16"),
+    "prune_rule": ("fasa", "random", "oldest"),
     "selector": ("fasa", "oracle", "streaming", "random", "quest", "paged", "any"),
 }
 # What a request may choose from on a server whose selector is "any".
@@ -48,6 +49,12 @@ class FasaConfig:
             softmax weights (``oracle``), StreamingLLM, chance, Quest, and FASA's own scores by
             pages of 16 tokens (``paged``). With ``any`` every request chooses.
         seed: Seed of the ``random`` selector, unless the request says.
+        prune_budget: Generated tokens that a pruned request keeps, unless the request says.
+        prune_interval: Generated tokens too many before a request is pruned again.
+        prune_recent: Last tokens that are never pruned.
+        prune_grace: A token is not pruned before it has been judged by so many steps.
+        prune_rule: Which tokens go: the least selected (``fasa``), or a null baseline.
+        think_end_ids: Tokens that end a model's thinking, where no reasoning parser tells.
 
     Raises:
         ConfigError: A value has the wrong type or is out of its range.
@@ -66,6 +73,12 @@ class FasaConfig:
     min_seq_len: int = 2048
     selector: str = "fasa"
     seed: int = 0
+    prune_budget: int = 4096
+    prune_interval: int = 128
+    prune_recent: int = 256
+    prune_grace: int = 64
+    prune_rule: str = "fasa"
+    think_end_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
@@ -84,6 +97,10 @@ class FasaConfig:
             "num_fcs": 1,
             "budget": 1,
             "max_budget": 1,
+            "prune_budget": 1,
+            "prune_interval": 1,
+            "prune_recent": 0,
+            "prune_grace": 0,
         }
         for name, minimum in minimums.items():
             value = getattr(self, name)
@@ -91,6 +108,11 @@ class FasaConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
                 raise ConfigError(f"{name} must be an integer of at least {minimum}, got {value!r}")
+        ids = self.think_end_ids
+        if not isinstance(ids, (list, tuple)) or not all(type(token) is int for token in ids):
+            raise ConfigError(f"think_end_ids must be a list of token ids, got {ids!r}")
+        # JSON has no tuples.
+        object.__setattr__(self, "think_end_ids", tuple(ids))
         if not self.sink + self.recent < self.budget <= self.max_budget:
             raise ConfigError(
                 f"budget must be from sink + recent + 1 = {self.sink + self.recent + 1} to "

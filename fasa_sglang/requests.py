@@ -10,6 +10,7 @@ from fasa_sglang.config import SELECTORS, FasaConfig
 from fasa_sglang.errors import RequestError
 
 PREFIX_MODES = ("select", "full")
+PRUNE_MODES = ("off", "think", "generated")
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,9 @@ class FasaRequest:
         recent: Last tokens that are always attended.
         prefix: ``select`` chooses among all tokens; ``full`` attends to the whole prompt and
             spends the budget on generated tokens only.
+        prune: Which generated tokens may lose their KV slots: none (``off``), those of the
+            thinking (``think``), or all (``generated``).
+        prune_budget: How many of them stay.
         selector: What ranks the tokens; one of ``SELECTORS``.
         seed: Of the ``random`` selector.
     """
@@ -30,6 +34,8 @@ class FasaRequest:
     sink: int
     recent: int
     prefix: str = "select"
+    prune: str = "off"
+    prune_budget: int = 4096
     selector: str = "fasa"
     seed: int = 0
 
@@ -67,7 +73,8 @@ def parse_request(
         "sink": _integer(minimum=0),
         "recent": _integer(minimum=0),
         "prefix": _one_of(PREFIX_MODES),
-        "prune": _one_of(("off",)),
+        "prune": _one_of(PRUNE_MODES),
+        "prune_budget": _integer(minimum=1),
     }
     if config.selector == "any":
         parsers |= {"selector": _one_of(SELECTORS), "seed": _integer(minimum=0)}
@@ -77,7 +84,6 @@ def parse_request(
                 f"fasa has no key {str(key)!r:.80}, expected one of {', '.join(parsers)}"
             )
     values = {key: parsers[key](f"fasa.{key}", value) for key, value in asked.items()}
-    values.pop("prune", None)
     request = FasaRequest(**{**_defaults(config), **values})
     least = request.sink + request.recent + 1
     if not least <= request.budget <= config.max_budget:
@@ -85,13 +91,19 @@ def parse_request(
             f"fasa.budget must be from sink + recent + 1 = {least} to the server's max_budget = "
             f"{config.max_budget} tokens, got {request.budget}"
         )
+    kept = request.sink + config.prune_recent + config.prune_grace
+    if request.prune != "off" and request.prune_budget < kept:
+        raise RequestError(
+            f"fasa.prune_budget must be at least {kept}, the sum of sink, prune_recent and "
+            f"prune_grace, got {request.prune_budget}"
+        )
     return request
 
 
 def _defaults(config: FasaConfig) -> dict[str, Any]:
     selector = "fasa" if config.selector == "any" else config.selector
-    shared = {name: getattr(config, name) for name in ("budget", "sink", "recent", "seed")}
-    return {**shared, "selector": selector}
+    shared = ("budget", "sink", "recent", "prune_budget", "seed")
+    return {**{name: getattr(config, name) for name in shared}, "selector": selector}
 
 
 def _integer(minimum: int) -> Any:

@@ -55,7 +55,12 @@ def test_parse_request_fills_in_the_servers_settings(
         ({"sink": -1}, "fasa.sink must be an integer of at least 0, got -1"),
         ({"recent": -1}, "fasa.recent must be an integer of at least 0, got -1"),
         ({"prefix": "half"}, "fasa.prefix must be one of select, full, got 'half'"),
-        ({"prune": "think"}, "fasa.prune must be one of off, got 'think'"),
+        ({"prune": "all"}, "fasa.prune must be one of off, think, generated, got 'all'"),
+        ({"prune_budget": 0}, "fasa.prune_budget must be an integer of at least 1, got 0"),
+        (
+            {"prune": "think", "prune_budget": 323},
+            "fasa.prune_budget must be at least 324, the sum of sink, prune_recent and prune_g",
+        ),
     ],
     ids=str,
 )
@@ -100,7 +105,7 @@ def test_any_json_is_parsed_or_refused(fasa: Any) -> None:
 
 def test_a_comparison_server_lets_requests_choose_their_selector() -> None:
     server = FasaConfig(selector="any", seed=3)
-    assert parse_request({"fasa": True}, server, 9) == FasaRequest(2048, 4, 32, "select", "fasa", 3)
+    assert parse_request({"fasa": True}, server, 9) == FasaRequest(2048, 4, 32, seed=3)
     asked = {"fasa": {"selector": "random", "seed": 5}}
     chosen = parse_request(asked, server, 9)
     assert chosen is not None and (chosen.selector, chosen.seed) == ("random", 5)

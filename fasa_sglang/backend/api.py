@@ -17,6 +17,7 @@ from starlette.requests import Request
 
 from fasa_sglang.backend.host import fasa_config, uses_fasa
 from fasa_sglang.backend.metrics import count_refusal
+from fasa_sglang.config import FasaConfig
 from fasa_sglang.errors import RequestError
 from fasa_sglang.requests import parse_request
 
@@ -51,7 +52,10 @@ def check_params(manager: Any, custom_params: Any) -> None:
     """
     params = _object(custom_params)
     if uses_fasa(manager.server_args):
-        parse_request(params, fasa_config(manager.model_config), prompt_len=0)
+        config = fasa_config(manager.model_config)
+        request = parse_request(params, config, prompt_len=0)
+        if request is not None and request.prune != "off":
+            _require_prunable(manager.server_args, config, request.prune)
     elif params.get(META_KEY) not in (None, False):
         raise RequestError(
             "this server does not run FASA, so it cannot serve a request with fasa; start it "
@@ -153,6 +157,24 @@ async def add_report_to_stream(
             chunk["metadata"] = {**(chunk.get("metadata") or {}), META_KEY: _reports(raw_request)}
             line = f"data: {json.dumps(chunk)}\n\n"
         yield line
+
+
+def _require_prunable(server_args: Any, config: FasaConfig, mode: str) -> None:
+    if server_args.device != "cpu":
+        raise RequestError(
+            f"fasa.prune={mode!r} is served on CPUs only so far, got device {server_args.device}; "
+            "leave it out"
+        )
+    if mode == "think" and not (server_args.reasoning_parser or config.think_end_ids):
+        raise RequestError(
+            "fasa.prune='think' needs to know where thinking ends; start the server with "
+            "--reasoning-parser or with the setting think_end_ids, or ask for 'generated'"
+        )
+    if getattr(server_args, "enable_streaming_session", False):
+        raise RequestError(
+            f"fasa.prune={mode!r} does not work on a server with --enable-streaming-session, whose "
+            "sessions keep their rows; leave it out"
+        )
 
 
 @contextmanager

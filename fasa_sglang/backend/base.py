@@ -11,6 +11,7 @@ from sglang.srt.runtime_context import get_parallel
 
 from fasa_sglang.backend.host import load_dominant_fcs
 from fasa_sglang.backend.label_cache import LabelCache
+from fasa_sglang.backend.memory import POOL_ATTRIBUTE, Memory
 from fasa_sglang.backend.metrics import Usage
 from fasa_sglang.backend.step import LaneStep
 from fasa_sglang.config import FasaConfig
@@ -39,6 +40,7 @@ class FasaBackend:
         num_layers: Layers of the whole model.
         label_cache: Labels of this rank's layers and heads.
         usage: Counts what requests do.
+        memory: Prunes requests that ask for it.
         variants: Kinds of decode batches that get CUDA graphs of their own; none without graphs.
         variant: Kind of the coming batch.
         capturing: The kind that graphs are being captured for, else None.
@@ -70,6 +72,8 @@ class FasaBackend:
             config.label_dtype,
         )
         labels = self.label_cache.labels
+        self.memory = Memory(config, labels.shape[1], labels.device)
+        setattr(runner.req_to_token_pool, POOL_ATTRIBUTE, self.memory)
         self.usage = Usage(runner.server_args, labels.nbytes, parallel.attn_tp_rank == 0)
         kv_bytes = sum(buffer.nbytes for buffer in (*pool.k_buffer, *pool.v_buffer))
         logger.info(

@@ -30,6 +30,7 @@ from fasa_sglang.backend.host import (
     uses_fasa,
 )
 from fasa_sglang.backend.label_cache import label_bytes_per_token
+from fasa_sglang.backend.memory import POOL_ATTRIBUTE
 from fasa_sglang.backend.step import REQ_ATTRIBUTE, launch_step
 
 
@@ -76,6 +77,34 @@ def keep_exact_prefix(result: int, req: Any) -> int:
     return min(result, state.exact_len)
 
 
+def prune_requests(batch: Any, *args: Any, **kwargs: Any) -> None:
+    """Before a decode step allocates: free slots of running requests that asked for it."""
+    memory = getattr(batch.req_to_token_pool, POOL_ATTRIBUTE, None)
+    if memory is not None and batch.forward_mode.is_decode():
+        memory.prune(batch)
+
+
+def retract_pruned_last(result: list[int], reqs: list[Any], *args: Any) -> list[int]:
+    """Keep requests that were pruned: prefilled again, they would need all their slots.
+
+    SGLang takes back the last of the list first.
+    """
+
+    def pruned(i: int) -> bool:
+        state = getattr(reqs[i], REQ_ATTRIBUTE, None)
+        return state is not None and state.prune.pruned > 0
+
+    return sorted(result, key=lambda i: not pruned(i))
+
+
+def leave_out_tombstones(result: tuple[int, int], checker: Any) -> tuple[int, int]:
+    """SGLang's check of a busy pool counts what requests hold by their lengths."""
+    memory = getattr(checker.tree_cache.req_to_token_pool, POOL_ATTRIBUTE, None)
+    if memory is None:
+        return result
+    return result[0] - memory.tombstones, result[1]
+
+
 def free_inexact_tail(
     original: Callable[..., None], req: Any, start: int, end: int, tree_cache: Any
 ) -> None:
@@ -83,6 +112,9 @@ def free_inexact_tail(
     state = getattr(req, REQ_ATTRIBUTE, None)
     if state is None or state.exact_len is None:
         original(req, start, end, tree_cache)
+    elif state.prune.pruned:
+        memory = getattr(tree_cache.req_to_token_pool, POOL_ATTRIBUTE)
+        memory.release(req, start, end, tree_cache)
     elif start < end:
         free_row_tail(req, start, end, tree_cache)
 
@@ -144,6 +176,7 @@ def refuse_triton(original: Callable[[str], bool], backend: str) -> bool:
 
 
 _RESULTS = "sglang.srt.managers.scheduler_components.batch_result_processor"
+_BATCH = "sglang.srt.managers.schedule_batch.ScheduleBatch"
 _POOL = "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator"
 _GRAPHS = "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner"
 _OPENAI = "sglang.srt.entrypoints.openai"
@@ -169,6 +202,14 @@ HOOKS: tuple[Hook, ...] = (
     Hook(
         f"{_RESULTS}.SchedulerBatchResultProcessor._maybe_collect_customized_info",
         count_step,
+        HookType.AFTER,
+    ),
+    Hook(f"{_BATCH}.maybe_evict_swa", prune_requests, HookType.BEFORE),
+    Hook(f"{_BATCH}._get_decode_retraction_order", retract_pruned_last, HookType.AFTER),
+    Hook(
+        "sglang.srt.managers.scheduler_components.invariant_checker.SchedulerInvariantChecker"
+        "._get_total_uncached_sizes",
+        leave_out_tombstones,
         HookType.AFTER,
     ),
     Hook(f"{_POOL}._compute_cell_size", reserve_label_bytes, HookType.AROUND),

@@ -192,6 +192,12 @@ def request_row(req: Any) -> int:
     return req.req_pool_idx if hasattr(req, "req_pool_idx") else req.kv.req_pool_idx
 
 
+def protected_len(req: Any) -> int:
+    """Leading tokens of a running request whose slots the radix tree owns."""
+    holder = req if hasattr(req, "cache_protected_len") else req.kv
+    return holder.cache_protected_len
+
+
 # SGLang 0.5.23 checks the body of /generate against a schema of its own.
 CHECKS_BODIES = find_spec("sglang.srt.entrypoints.api_contract") is not None
 # The method that says how much of an ending request the radix tree may keep.

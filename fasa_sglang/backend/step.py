@@ -12,6 +12,7 @@ from typing import Any
 
 from fasa_sglang.backend.metrics import Usage
 from fasa_sglang.config import FasaConfig
+from fasa_sglang.memory.pruning import PruneState
 from fasa_sglang.requests import FasaRequest, parse_request
 
 REQ_ATTRIBUTE = "fasa"
@@ -25,11 +26,23 @@ class LaneStep:
         request: Its parameters if this step is sparse, else None.
         seq_len: Tokens of the request, the current one included.
         prompt_len: Tokens of its prompt.
+        pruned: Generated tokens among them that have lost their slots.
     """
 
     request: FasaRequest | None
     seq_len: int
     prompt_len: int
+    pruned: int = 0
+
+    @property
+    def live_len(self) -> int:
+        """Tokens that still have a slot."""
+        return self.seq_len - self.pruned
+
+    @property
+    def prunes(self) -> bool:
+        """Whether its selections are counted."""
+        return self.request is not None and self.request.prune != "off"
 
     @property
     def full_prefix_len(self) -> int:
@@ -47,7 +60,7 @@ class LaneStep:
         """Tokens a KV head attends to in a layer that is not a dense one."""
         if self.request is None:
             return self.seq_len
-        return min(self.seq_len, self.full_prefix_len + self.request.budget)
+        return min(self.live_len, self.full_prefix_len + self.request.budget)
 
 
 @dataclass
@@ -59,6 +72,7 @@ class RequestState:
         num_layers: Layers of the model.
         num_dense_layers: How many of them attend to everything.
         usage: Where its steps are counted for the whole server.
+        prune: What it has lost.
         exact_len: Leading tokens whose keys and values are those of a dense run; None is all.
             A token decoded sparsely has others from the second sparse layer on.
     """
@@ -68,6 +82,7 @@ class RequestState:
     num_dense_layers: int
     usage: Usage
     exact_len: int | None = None
+    prune: PruneState = field(default_factory=PruneState)
     launched: deque[LaneStep | None] = field(default_factory=deque)
     sparse_steps: int = 0
     dense_steps: int = 0
@@ -84,7 +99,7 @@ class RequestState:
         else:
             self.sparse_steps += 1
         sparse_layers = self.num_layers - self.num_dense_layers
-        rows = self.num_dense_layers * lane.seq_len + sparse_layers * lane.attended_len
+        rows = self.num_dense_layers * lane.live_len + sparse_layers * lane.attended_len
         self.attended_rows += rows
         self.all_rows += self.num_layers * lane.seq_len
         self.usage.add_step(lane.request is not None, rows, self.num_layers * lane.seq_len)
@@ -98,7 +113,7 @@ class RequestState:
             "dense_steps": self.dense_steps,
             "kv_read_ratio": round(ratio, 6),
             "budget": None if self.request is None else self.request.budget,
-            "pruned_tokens": 0,
+            "pruned_tokens": self.prune.total,
         }
 
 
@@ -130,11 +145,17 @@ def launch_step(batch: Any, config: FasaConfig, num_layers: int, usage: Usage) -
             state.launched.clear()
             state.launched.append(None)
             state.exact_len = None
+            state.prune.pruned = 0
         return []
     lanes = []
     for req, state, seq_len in zip(batch.reqs, states, batch.seq_lens_cpu.tolist(), strict=True):
         sparse = state.request is not None and seq_len >= config.min_seq_len
-        lane = LaneStep(state.request if sparse else None, seq_len, len(req.origin_input_ids))
+        lane = LaneStep(
+            state.request if sparse else None,
+            seq_len,
+            len(req.origin_input_ids),
+            state.prune.pruned,
+        )
         state.launched.append(lane)
         if state.exact_len is None and lane.attended_len < seq_len:
             state.exact_len = seq_len - 1

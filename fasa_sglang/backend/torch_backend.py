@@ -38,12 +38,16 @@ class FasaTorchAttnBackend(FasaBackend, TorchNativeAttnBackend):
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """Prepare one forward pass: where the sparse lanes are, and a batch without them."""
         super().init_forward_metadata(forward_batch)
-        self.sparse_lanes = [i for i, lane in enumerate(self.lanes) if lane.request is not None]
-        if self.sparse_lanes:
+        sparse = [i for i, lane in enumerate(self.lanes) if lane.request is not None]
+        # A lane with holes is not for SGLang's dense attention, not even in dense layers.
+        self.own_lanes = {False: sparse, True: [i for i in sparse if self.lanes[i].pruned]}
+        self.dense_views = {}
+        for dense_layer, lanes in self.own_lanes.items():
             # The dense pass covers the whole batch; one token is the least it can read.
-            self.dense_view = copy.copy(forward_batch)
-            self.dense_view.seq_lens = forward_batch.seq_lens.clone()
-            self.dense_view.seq_lens[self.sparse_lanes] = 1
+            self.dense_views[dense_layer] = view = copy.copy(forward_batch)
+            if lanes:
+                view.seq_lens = forward_batch.seq_lens.clone()
+                view.seq_lens[lanes] = 1
 
     def forward_decode(
         self,
@@ -55,36 +59,55 @@ class FasaTorchAttnBackend(FasaBackend, TorchNativeAttnBackend):
         save_kv_cache: bool = True,
     ) -> torch.Tensor:
         """SGLang's dense decode, then FASA in the lanes that asked for it."""
-        sparse = self.sparse_lanes if not self.is_dense(layer) else []
-        view = self.dense_view if sparse else forward_batch
+        view = self.dense_views[self.is_dense(layer)]
         out = super().forward_decode(q, k, v, layer, view, save_kv_cache)
         q = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        for i in sparse:
-            slots = self.req_to_token_pool.req_to_token[
-                forward_batch.req_pool_indices[i], : self.lanes[i].seq_len
-            ]
+        for i in self.own_lanes[self.is_dense(layer)]:
+            slots = self._slots(forward_batch, i)
             out[i] = self._attend(q[i], slots, layer, self.lanes[i]).flatten().to(out.dtype)
         self.write_labels(layer, forward_batch)
+        if layer.layer_id == self.last_layer:
+            self._end_step(forward_batch)
         return out
+
+    def _slots(self, forward_batch: Any, i: int) -> torch.Tensor:
+        """Slots of a lane's live tokens, in order."""
+        row = self.req_to_token_pool.req_to_token[forward_batch.req_pool_indices[i]]
+        slots = row[: self.lanes[i].seq_len]
+        return slots[slots != 0] if self.lanes[i].pruned else slots
+
+    def _end_step(self, forward_batch: Any) -> None:
+        layers = range(self.first_layer, self.last_layer + 1)
+        sparse = sum(layer >= self.config.num_dense_layers for layer in layers)
+        selectors = sparse * self.label_cache.labels.shape[2]
+        for i in self.own_lanes[False]:
+            if self.lanes[i].prunes and selectors:
+                self.memory.end_step(self.lanes[i], self._slots(forward_batch, i), selectors)
 
     def _attend(
         self, q: torch.Tensor, slots: torch.Tensor, layer: Any, lane: LaneStep
     ) -> torch.Tensor:
         """One lane of one layer: score, select, attend. ``q`` and the result ``[HQ, D]``."""
         assert lane.request is not None
-        q, slots = q[None], slots[None]
-        seq_lens = torch.tensor([lane.seq_len], device=q.device)
+        q, slots = q[None], slots[None].long()
+        seq_lens = torch.tensor([lane.live_len], device=q.device)
         k_cache = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
         v_cache = self.token_to_kv_pool.get_value_buffer(layer.layer_id)
-        scores = self._score(q, k_cache, slots, seq_lens, layer, lane.request)
-        positions, _ = reference.select_tokens(
-            scores,
-            seq_lens,
-            budget=lane.request.budget,
-            sink=lane.request.sink,
-            recent=lane.request.recent,
-            full_prefix_lens=torch.tensor([lane.full_prefix_len]),
-        )
+        if self.is_dense(layer):
+            everything = torch.arange(lane.live_len, device=q.device)
+            positions = everything.expand(1, k_cache.shape[1], -1)
+        else:
+            scores = self._score(q, k_cache, slots, seq_lens, layer, lane.request)
+            positions, _ = reference.select_tokens(
+                scores,
+                seq_lens,
+                budget=lane.request.budget,
+                sink=lane.request.sink,
+                recent=lane.request.recent,
+                full_prefix_lens=torch.tensor([lane.full_prefix_len]),
+            )
+            if lane.prunes:
+                self.memory.importance.count(slots[0][positions])
         return reference.focused_attention(
             q, k_cache, v_cache, slots, positions, sm_scale=layer.scaling
         )

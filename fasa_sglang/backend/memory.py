@@ -1,0 +1,131 @@
+"""Memory mode inside SGLang's scheduler: prunes running requests before a step allocates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fasa_sglang.backend.host import protected_len, request_row
+from fasa_sglang.backend.step import REQ_ATTRIBUTE, LaneStep
+from fasa_sglang.config import FasaConfig
+from fasa_sglang.memory.importance import Importance
+from fasa_sglang.memory.pruning import (
+    choose_victims,
+    live_slots,
+    num_victims,
+    prunable_range,
+    prune_row,
+)
+
+# Where SGLang's ``ReqToTokenPool`` keeps the object, for hooks that see nothing else of ours.
+POOL_ATTRIBUTE = "fasa_memory"
+
+
+class Memory:
+    """Prunes the requests of one model runner.
+
+    Args:
+        config: The server's settings.
+        num_slots: Slots of the KV pool, the unused first one included.
+        device: Of the pool.
+
+    Attributes:
+        importance: Of every slot; the backend counts into it.
+        tombstones: Of all running requests.
+    """
+
+    def __init__(self, config: FasaConfig, num_slots: int, device: torch.device) -> None:
+        self.config = config
+        self.tombstones = 0
+        self.importance = Importance(num_slots, device)
+
+    def prune(self, batch: Any) -> None:
+        """Free what a decode ``ScheduleBatch`` does not need any more.
+
+        SGLang is about to allocate the slots of its next tokens. What the step in flight still
+        reads is reused by the step after it at the earliest.
+        """
+        for req, seq_len in zip(batch.reqs, batch.seq_lens_cpu.tolist(), strict=True):
+            state = getattr(req, REQ_ATTRIBUTE, None)
+            request = None if state is None else state.request
+            # Right after a prefill its step may still be running.
+            if request is None or request.prune == "off" or req.decode_batch_idx < 1:
+                continue
+            if seq_len < self.config.min_seq_len:
+                continue
+            thought = think_end(req, self.config)
+            if request.prune == "think" and thought is None and not is_thinking(req, self.config):
+                continue
+            start, end = prunable_range(
+                request,
+                self.config,
+                prompt_len=len(req.origin_input_ids),
+                protected_len=protected_len(req),
+                seq_len=seq_len,
+                think_end=thought,
+            )
+            count = num_victims(
+                request,
+                self.config,
+                pruned=state.prune.pruned,
+                start=start,
+                end=end,
+                seq_len=seq_len,
+                think_end=thought,
+            )
+            if not count:
+                continue
+            row = batch.req_to_token_pool.req_to_token[request_row(req)]
+            seed = hash((request.seed, seq_len))
+            victims = choose_victims(
+                self.importance, row[start:end].long(), count, self.config.prune_rule, seed
+            )
+            prune_row(row, start, victims, batch.token_to_kv_pool_allocator)
+            self.tombstones += count
+            state.prune.pruned += count
+            state.prune.total += count
+            # The radix tree must not learn of rows with holes.
+            state.exact_len = start if state.exact_len is None else min(state.exact_len, start)
+
+    def release(self, req: Any, start: int, end: int, tree_cache: Any) -> None:
+        """Give back what is left of positions ``start`` to ``end`` of a request that ends.
+
+        All its tombstones lie there, and each slot is given back once.
+        """
+        state = getattr(req, REQ_ATTRIBUTE)
+        row = tree_cache.req_to_token_pool.req_to_token[request_row(req)]
+        live = live_slots(row[start:end], end - start - state.prune.pruned)
+        tree_cache.token_to_kv_pool_allocator.free(live.to(torch.int64))
+        self.tombstones -= state.prune.pruned
+        state.prune.pruned = 0
+
+    def end_step(self, lane: LaneStep, slots: torch.Tensor, selectors: int) -> None:
+        """Fold a lane's selections into its averages.
+
+        Args:
+            lane: Whose.
+            slots: Of its live tokens, in order.
+            selectors: (layer, KV head) pairs that selected.
+        """
+        if lane.prunes:
+            self.importance.end_step(slots[lane.prompt_len :], selectors)
+
+
+def think_end(req: Any, config: FasaConfig) -> int | None:
+    """The position at which a request's thinking ended; None if it has not, or nobody knows."""
+    prompt_len = len(req.origin_input_ids)
+    if config.think_end_ids:
+        ends = set(config.think_end_ids)
+        for i, token in enumerate(req.output_ids):
+            if token in ends:
+                return prompt_len + i
+        return None
+    if req.require_reasoning and req._is_reasoning_over:
+        return prompt_len + req.reasoning_tokens
+    return None
+
+
+def is_thinking(req: Any, config: FasaConfig) -> bool:
+    """Whether a request that has not ended its thinking is in it."""
+    return bool(config.think_end_ids) or bool(req.require_reasoning)
