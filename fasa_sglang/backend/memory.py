@@ -48,12 +48,12 @@ class Memory:
         """
         for req, seq_len in zip(batch.reqs, batch.seq_lens_cpu.tolist(), strict=True):
             state = getattr(req, REQ_ATTRIBUTE, None)
-            request = None if state is None else state.request
+            if state is None or state.request is None or state.request.prune == "off":
+                continue
             # Right after a prefill its step may still be running.
-            if request is None or request.prune == "off" or req.decode_batch_idx < 1:
+            if req.decode_batch_idx < 1 or seq_len < self.config.min_seq_len:
                 continue
-            if seq_len < self.config.min_seq_len:
-                continue
+            request = state.request
             thought = think_end(req, self.config)
             if request.prune == "think" and thought is None and not is_thinking(req, self.config):
                 continue
