@@ -67,7 +67,8 @@ def test_interrupted_and_resumed_it_gives_the_same_summary(
         time.sleep(0.2)
     os.killpg(first.pid, signal.SIGINT)
     said = first.communicate(timeout=300)[0]
-    assert first.returncode == 1 and "interrupted; all samples that came back are kept" in said
+    # The terminal interrupts the server as well, and either may be noticed first.
+    assert first.returncode == 1 and "all samples that came back are kept" in said
     [rows] = cut.glob("*/rows.jsonl")
     before = rows.read_text()
     assert 3 <= len(before.splitlines()) < 6
