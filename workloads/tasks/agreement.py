@@ -7,7 +7,14 @@ from typing import Any
 from fasa_sglang.workloads.client import Client
 from fasa_sglang.workloads.forced import Step
 from fasa_sglang.workloads.settings import DENSE, Setting
-from fasa_sglang.workloads.tasks.base import Options, OwnTask, Sample, Session, complete, text_ids
+from fasa_sglang.workloads.tasks.base import (
+    Options,
+    OwnTask,
+    Sample,
+    Session,
+    complete,
+    text_pieces,
+)
 from fasa_sglang.workloads.tasks.perplexity import compared, forced
 
 REPLY_TOKENS = 128
@@ -23,16 +30,10 @@ class Agreement(OwnTask):
     metrics = ("top1", "kl", "followed")
 
     def samples(self, tokenizer: Any, options: Options) -> list[Sample]:
-        """Pieces of the text, one after the other."""
-        ids = text_ids(tokenizer, options.text, options.length + 1)
-        room = len(ids) - options.length
-        count = min(options.limit, room)
-        starts = [i * room // count for i in range(count)]
+        """A piece of the text each."""
         tokens = options.max_tokens or REPLY_TOKENS
         self._references: dict[tuple[str, str], tuple[dict[str, Any], list[Step]]] = {}
-        return [
-            Sample(f"at-{start}", ids[start : start + options.length], tokens) for start in starts
-        ]
+        return [Sample(name, piece, tokens) for name, piece in text_pieces(tokenizer, options)]
 
     async def measure(
         self, sample: Sample, setting: Setting, session: Session, client: Client

@@ -245,3 +245,18 @@ def text_ids(tokenizer: Any, text: Text, least: int) -> list[int]:
             "with --text, or a smaller --length or --limit"
         )
     return ids
+
+
+def text_pieces(tokenizer: Any, options: Options) -> list[tuple[str, list[int]]]:
+    """Pieces of the text, ``options.length`` tokens each, spread over it, with their names.
+
+    They overlap where the text is too short for all.
+
+    Raises:
+        FasaError: The text is shorter than one.
+    """
+    ids = text_ids(tokenizer, options.text, options.length + 1)
+    room = len(ids) - options.length
+    count = min(options.limit, room)
+    starts = [i * room // count for i in range(count)]
+    return [(f"at-{start}", ids[start : start + options.length]) for start in starts]

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from fasa_sglang.errors import FasaError
+from fasa_sglang.workloads.agent import COLOURS
 from fasa_sglang.workloads.client import Client
 from fasa_sglang.workloads.settings import Setting
 from fasa_sglang.workloads.tasks.base import (
@@ -19,7 +20,6 @@ from fasa_sglang.workloads.tasks.base import (
     text_ids,
 )
 
-COLOURS = ["amber", "azure", "black", "coral", "green", "ivory", "khaki", "lilac", "olive", "white"]
 PLACES = [
     "attic",
     "barn",

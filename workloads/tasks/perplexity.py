@@ -13,7 +13,7 @@ from fasa_sglang.errors import FasaError
 from fasa_sglang.workloads.client import Client
 from fasa_sglang.workloads.forced import TOP_TOKENS, Step, divergence, forced_request, steps
 from fasa_sglang.workloads.settings import DENSE, Setting
-from fasa_sglang.workloads.tasks.base import Options, OwnTask, Sample, Session, text_ids
+from fasa_sglang.workloads.tasks.base import Options, OwnTask, Sample, Session, text_pieces
 
 # Forced tokens of a segment, unless the command says.
 FORCED_TOKENS = 128
@@ -22,17 +22,14 @@ FORCED_TOKENS = 128
 class Perplexity(OwnTask):
     """Metrics: next-token KL to dense, negative log-likelihood, top-1 agreement; means of steps.
 
-    Segments are spread over the text; they overlap where it is too short for all.
+    Segments are spread over the text.
     """
 
     metrics = ("kl", "nll", "top1")
 
     def samples(self, tokenizer: Any, options: Options) -> list[Sample]:
         """One segment each; the forced tokens are its data."""
-        ids = text_ids(tokenizer, options.text, options.length + 1)
-        room = len(ids) - options.length
-        count = min(options.limit, room)
-        starts = [i * room // count for i in range(count)]
+        pieces = text_pieces(tokenizer, options)
         count_forced = options.max_tokens or FORCED_TOKENS
         if not 1 < count_forced < options.length:
             raise FasaError(
@@ -40,15 +37,10 @@ class Perplexity(OwnTask):
                 f"perplexity, got {count_forced}"
             )
         self._references: dict[tuple[str, str], list[Step]] = {}
+        info = {"length": options.length}
         return [
-            Sample(
-                f"at-{start}",
-                ids[start : start + options.length - count_forced],
-                count_forced,
-                {"length": options.length},
-                ids[start + options.length - count_forced : start + options.length],
-            )
-            for start in starts
+            Sample(name, piece[:-count_forced], count_forced, info, piece[-count_forced:])
+            for name, piece in pieces
         ]
 
     async def measure(
