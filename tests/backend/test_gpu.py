@@ -23,7 +23,9 @@ COMMON = {
     "max_running_requests": 8,
 }
 COVERED = {"budget": 8192}
-# A step of bfloat16 for logits from 16 to 32, as SmolLM2 has them.
+# A step of bfloat16 for logits from 16 to 32, as SmolLM2 has them. Each of two logits may be off by
+# one: SGLang's own backend parts with itself at such leads when the same prompts come in another
+# order (of 64, 7 at one step and 1 at two).
 ROUNDING = 0.125
 # What each lane asks for, by the kind of batch it makes.
 BATCHES: dict[str, list[Any]] = {
@@ -118,30 +120,37 @@ def test_batches_smaller_than_a_captured_one_are_padded(
 
 
 def test_labels_follow_slots_through_the_prefix_cache(engine: Any) -> None:
-    """A sparse follow-up over a cached prefix answers as over a cold one.
+    """A sparse follow-up answers alike, whoever filled the prefix and wherever its slots lie.
 
-    Keys are rounded otherwise in a prefill of another length, and a token at the edge of the
-    budget may then change places, so some replies part late. With the labels of other tokens all
-    would part at once.
+    After a flush the same prefix is filled by a dense request in the pool's first slots and by a
+    sparse one behind others: the same sums in the same order, so every token must be the same. A
+    prefill of the whole prompt rounds keys otherwise, and a token at the edge of the budget may
+    then change places; with the labels of other tokens every such reply would part at once.
     """
-    shared = prompts()[4]
+    shared, others = prompts()[4], prompts()[5]
     asked: list[Any] = [{"budget": 128}, {"budget": 256, "prefix": "full"}, {"budget": 512}] * 2
     tails = [[11, 12, 13], [21] * 40, [31, 32], [41], [51, 52], [61] * 9]
-    flush_cache(engine)
-    generate(engine, [shared], [None], 4, ignore_eos=True)
     follow_ups = [shared + tail for tail in tails]
-    warm = [
-        generate(engine, [prompt], [fasa], 24, ignore_eos=True)[0]
-        for prompt, fasa in zip(follow_ups, asked, strict=True)
-    ]
-    assert all(reply["meta_info"]["cached_tokens"] >= len(shared) - 1 for reply in warm)
-    agreeing = 0
-    for prompt, fasa, reply in zip(follow_ups, asked, warm, strict=True):
+
+    def one_by_one(first: list[tuple[list[int], Any]], flush: bool = False) -> list[list[int]]:
         flush_cache(engine)
-        [cold] = generate(engine, [prompt], [fasa], 24, ignore_eos=True)
-        assert cold["meta_info"]["cached_tokens"] == 0
-        agreeing += agreeing_steps(cold["output_ids"], reply["output_ids"])
-    assert agreeing > 0.75 * 24 * len(warm)
+        for prompt, fasa in first:
+            generate(engine, [prompt], [fasa], 4, ignore_eos=True)
+        answers = []
+        for prompt, fasa in zip(follow_ups, asked, strict=True):
+            if flush:
+                flush_cache(engine)
+            [reply] = generate(engine, [prompt], [fasa], 24, ignore_eos=True)
+            assert reply["meta_info"]["cached_tokens"] == (0 if flush else len(shared))
+            answers.append(reply["output_ids"])
+        return answers
+
+    warm = one_by_one([(shared, None)])
+    moved = one_by_one([(others, {"budget": 256}), (others[:77], None), (shared, {"budget": 128})])
+    assert moved == warm
+    steps = [agreeing_steps(*pair) for pair in zip(one_by_one([], flush=True), warm, strict=True)]
+    print("steps that agree with a cold run:", steps)
+    assert sum(step > 0 for step in steps) > len(steps) // 2
 
 
 def test_comparison_selectors_share_a_batch_and_equal_dense_where_they_cover(
@@ -167,7 +176,10 @@ def test_comparison_selectors_share_a_batch_and_equal_dense_where_they_cover(
 def test_real_weights_with_covering_budgets_equal_dense(
     smollm2_path: Path, tmp_path: Path, draw: Callable[[Any, Any], Any]
 ) -> None:
-    """Every token, up to the first step at which dense's own lead is below bfloat16's rounding."""
+    """Every token, up to a step at which dense's own lead is within bfloat16's rounding.
+
+    Beside it, where dense parts with itself when its batches are others.
+    """
     from transformers import AutoTokenizer
 
     from fasa_sglang.calibration import corpus
@@ -186,16 +198,22 @@ def test_real_weights_with_covering_budgets_equal_dense(
     common |= {"max_running_requests": 16}
     with running_engine(smollm2_path, None, **common) as engine:
         dense = generate(engine, texts, [None] * count, 64, return_logprob=True, ignore_eos=True)
+        flush_cache(engine)
+        again = generate(engine, texts[::-1], [None] * count, 64, ignore_eos=True)[::-1]
     with running_engine(smollm2_path, settings, **common) as engine:
         sparse = generate(engine, texts, [COVERED] * count, 64, ignore_eos=True)
     problems = []
-    for text, expected, got in zip(texts, dense, sparse, strict=True):
+    for expected, got, other in zip(dense, sparse, again, strict=True):
         assert got["meta_info"]["fasa"]["sparse_steps"] == 63
-        leads = margins(expected)
-        certain = next((i for i, lead in enumerate(leads) if lead < ROUNDING), len(leads))
-        print(f"{len(text)} tokens: compared to step {certain}")
-        if got["output_ids"][:certain] != expected["output_ids"][:certain]:
-            problems.append(f"{len(text)} tokens differ before step {certain}")
+        leads = [*margins(expected), float("inf")]
+        step, own = (agreeing_steps(expected["output_ids"], r["output_ids"]) for r in (got, other))
+        tokens = expected["meta_info"]["prompt_tokens"]
+        print(
+            f"{tokens} tokens: parts at step {step} with lead {leads[step]:.3f}, "
+            f"dense with itself at {own} with {leads[own]:.3f}"
+        )
+        if step < 64 and leads[step] > 2 * ROUNDING:
+            problems.append(f"{tokens} tokens differ at step {step}, lead {leads[step]:.3f}")
     assert not problems, "\n".join(problems)
 
 
