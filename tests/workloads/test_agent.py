@@ -45,6 +45,7 @@ def test_summary_counts_turns_and_what_was_right() -> None:
     assert figures["answers_right"] == 0.5
     assert figures["ttft_ms"] == 500
     assert figures["tpot_ms"] == pytest.approx(10)
+    assert figures["reply_ms"] == pytest.approx(540)
     assert figures["kv_read_ratio"] == 0.25
     unknown = summary([answer(0, kind, True, None) for kind in ("call", "answer")], 1.0)
     assert unknown["cache_hit"] is None

@@ -7,12 +7,15 @@ RULER's tasks over essays need a dataset hub and a sentence splitter. Where thes
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 from fasa_sglang.errors import FasaError
 from fasa_sglang.workloads.client import Client
 from fasa_sglang.workloads.settings import Setting
 from fasa_sglang.workloads.tasks.base import Options, OwnTask, Sample, Session
+from fasa_sglang.workloads.tasks.kept_data import kept
 
 # Needles of each task over the noise text, as RULER has them over essays.
 NOISE = {
@@ -22,6 +25,14 @@ NOISE = {
 }
 
 
+@cache
+def _manager() -> Any:
+    """lm-eval's index of its tasks; it reads thousands of files."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
 class LmEvalTask(OwnTask):
     """Metric: lm-eval's first metric of the task."""
 
@@ -29,7 +40,7 @@ class LmEvalTask(OwnTask):
 
     def exists(self) -> bool:
         """See ``Task``."""
-        return self.name in NOISE or self.name in self._manager(None).all_tasks
+        return self.name in NOISE or self.name in _manager().all_tasks
 
     def conditions(self, options: Options) -> dict[str, Any]:
         """See ``Task``."""
@@ -87,37 +98,56 @@ class LmEvalTask(OwnTask):
         )
         return {"score": self._score(document, reply["text"])}, reply
 
-    def _manager(self, metadata: dict[str, Any] | None) -> Any:
-        from lm_eval.tasks import TaskManager
-
-        return TaskManager(metadata=metadata)
-
     def _requests(self, tokenizer: Any, options: Options) -> list[tuple[str, Any, Any]]:
-        metadata = {"tokenizer": tokenizer.name_or_path, "max_seq_lengths": [options.length]}
-        found = self._manager(metadata).load(self.name)
-        [self.task] = found["tasks"].values()
+        from lm_eval.tasks._yaml_loader import load_yaml
+
+        spec: Any = self.name
+        if path := _manager().task_index[self.name].yaml_path:
+            spec = load_yaml(path)
+            spec["metadata"] = {
+                **(spec.get("metadata") or {}),
+                "tokenizer": tokenizer.name_or_path,
+                "max_seq_lengths": [options.length],
+            }
+        if isinstance(spec, dict) and (generator := spec.get("custom_dataset")):
+
+            def dataset(**arguments: Any) -> Any:
+                return self._kept(tokenizer, options, partial(generator, **arguments))
+
+            spec["custom_dataset"] = dataset
+        [self.task] = _manager().load(spec)["tasks"].values()
         if self.task.OUTPUT_TYPE != "generate_until":
             raise ValueError(f"its output is {self.task.OUTPUT_TYPE}, not text")
         self.task.build_all_requests(limit=options.limit)
         return [(*instance.args, instance.doc) for instance in self.task.instances]
 
+    def _kept(self, tokenizer: Any, options: Options, make: Callable[[], Any]) -> Any:
+        return kept({"task": self.name, **self.conditions(options)}, tokenizer, options.limit, make)
+
     def _noise(self, tokenizer: Any, options: Options) -> list[tuple[str, Any, Any]]:
+        from datasets import Dataset
         from lm_eval.tasks.ruler.niah_utils import TEMPLATE
         from lm_eval.tasks.ruler.prepare_niah import generate_samples, get_haystack
 
-        documents = generate_samples(
-            get_haystack(type_haystack="repeat"),
-            max_seq_length=options.length,
-            template=TEMPLATE,
-            type_haystack="repeat",
-            type_needle_k="words",
-            type_needle_v="numbers",
-            num_samples=options.limit,
-            TOKENIZER=tokenizer,
-            **NOISE[self.name],
-        )
+        def generator() -> dict[str, Any]:
+            documents = generate_samples(
+                get_haystack(type_haystack="repeat"),
+                max_seq_length=options.length,
+                template=TEMPLATE,
+                type_haystack="repeat",
+                type_needle_k="words",
+                type_needle_v="numbers",
+                num_samples=options.limit,
+                TOKENIZER=tokenizer,
+                **NOISE[self.name],
+            )
+            return {"test": Dataset.from_list(list(documents))}
+
         generation = {"max_gen_toks": 128, "until": []}
-        return [(f"{doc['input']} {doc['gen_prefix']}", generation, doc) for doc in documents]
+        return [
+            (f"{document['input']} {document['gen_prefix']}", generation, document)
+            for document in self._kept(tokenizer, options, generator)["test"]
+        ]
 
     def _score(self, document: Any, text: str) -> float:
         if self.name in NOISE:
