@@ -53,6 +53,9 @@ class FasaConfig:
         prune_interval: Generated tokens too many before a request is pruned again.
         prune_recent: Last tokens that are never pruned.
         prune_grace: A token is not pruned before it has been judged by so many steps.
+        prune_admission: Admit requests that prune with room for what pruning leaves of them, and
+            let their replies be longer than the pool. One that loses its slots after all is aborted
+            if it could not be prefilled again.
         prune_rule: Which tokens go: the least selected (``fasa``), or a null baseline.
         think_end_ids: Tokens that end a model's thinking, where no reasoning parser tells.
 
@@ -77,6 +80,7 @@ class FasaConfig:
     prune_interval: int = 128
     prune_recent: int = 256
     prune_grace: int = 64
+    prune_admission: bool = False
     prune_rule: str = "fasa"
     think_end_ids: tuple[int, ...] = ()
 
@@ -108,6 +112,8 @@ class FasaConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
                 raise ConfigError(f"{name} must be an integer of at least {minimum}, got {value!r}")
+        if not isinstance(self.prune_admission, bool):
+            raise ConfigError(f"prune_admission must be a boolean, got {self.prune_admission!r}")
         ids = self.think_end_ids
         if not isinstance(ids, (list, tuple)) or not all(type(token) is int for token in ids):
             raise ConfigError(f"think_end_ids must be a list of token ids, got {ids!r}")

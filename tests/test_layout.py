@@ -34,7 +34,11 @@ ALLOWED = {
     "lm_eval": ("fasa_sglang.workloads.tasks.lm_eval_task",),
     "sgl_eval": ("fasa_sglang.workloads.tasks.sgl_eval_task",),
     "prometheus_client": ("fasa_sglang.backend.metrics",),
-    "datasets": ("fasa_sglang.calibration.corpus",),
+    "datasets": (
+        "fasa_sglang.calibration.corpus",
+        "fasa_sglang.workloads.tasks.kept_data",
+        "fasa_sglang.workloads.tasks.lm_eval_task",
+    ),
     "matplotlib": ("fasa_sglang.calibration.heatmap", "fasa_sglang.workloads.plots"),
     # The calibration and the workloads meet the server only through files and requests.
     "fasa_sglang.backend": (

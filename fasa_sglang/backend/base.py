@@ -72,9 +72,9 @@ class FasaBackend:
             config.label_dtype,
         )
         labels = self.label_cache.labels
-        self.memory = Memory(config, labels.shape[1], labels.device)
-        setattr(runner.req_to_token_pool, POOL_ATTRIBUTE, self.memory)
         self.usage = Usage(runner.server_args, labels.nbytes, parallel.attn_tp_rank == 0)
+        self.memory = Memory(config, labels.shape[1], labels.device, self.usage)
+        setattr(runner.req_to_token_pool, POOL_ATTRIBUTE, self.memory)
         kv_bytes = sum(buffer.nbytes for buffer in (*pool.k_buffer, *pool.v_buffer))
         logger.info(
             "FASA: %s, %s, selector %s, budget %d of at most %d, sink %d, recent %d, %d of %d "

@@ -8,6 +8,12 @@ from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookType
 
+from fasa_sglang.backend.admission import (
+    abort_what_cannot_return,
+    hold_no_more,
+    keep_max_new_tokens,
+    reserve_no_more,
+)
 from fasa_sglang.backend.api import (
     META_KEY,
     add_report,
@@ -110,10 +116,12 @@ def free_inexact_tail(
 ) -> None:
     """Free what ``keep_exact_prefix`` withheld; SGLang asserts that there is no such tail."""
     state = getattr(req, REQ_ATTRIBUTE, None)
+    memory = getattr(tree_cache.req_to_token_pool, POOL_ATTRIBUTE, None)
+    if state is not None and memory is not None:
+        memory.forget(req)
     if state is None or state.exact_len is None:
         original(req, start, end, tree_cache)
-    elif state.prune.pruned:
-        memory = getattr(tree_cache.req_to_token_pool, POOL_ATTRIBUTE)
+    elif memory is not None and state.prune.pruned:
         memory.release(req, start, end, tree_cache)
     elif start < end:
         free_row_tail(req, start, end, tree_cache)
@@ -177,6 +185,7 @@ def refuse_triton(original: Callable[[str], bool], backend: str) -> bool:
 
 _RESULTS = "sglang.srt.managers.scheduler_components.batch_result_processor"
 _BATCH = "sglang.srt.managers.schedule_batch.ScheduleBatch"
+_ADDER = "sglang.srt.managers.schedule_policy.PrefillAdder"
 _POOL = "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator"
 _GRAPHS = "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner"
 _OPENAI = "sglang.srt.entrypoints.openai"
@@ -206,6 +215,14 @@ HOOKS: tuple[Hook, ...] = (
     ),
     Hook(f"{_BATCH}.maybe_evict_swa", prune_requests, HookType.BEFORE),
     Hook(f"{_BATCH}._get_decode_retraction_order", retract_pruned_last, HookType.AFTER),
+    Hook(f"{_BATCH}.retract_decode", abort_what_cannot_return, HookType.AFTER),
+    Hook(f"{_ADDER}.add_one_req", reserve_no_more, HookType.AROUND),
+    Hook(f"{_ADDER}._get_running_request_total_token_offset", hold_no_more, HookType.AFTER),
+    Hook(
+        "sglang.srt.managers.scheduler.Scheduler.init_req_max_new_tokens",
+        keep_max_new_tokens,
+        HookType.AROUND,
+    ),
     Hook(
         "sglang.srt.managers.scheduler_components.invariant_checker.SchedulerInvariantChecker"
         "._get_total_uncached_sizes",

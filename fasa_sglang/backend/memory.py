@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from fasa_sglang.backend.host import protected_len, request_row
-from fasa_sglang.backend.step import REQ_ATTRIBUTE, LaneStep
+from fasa_sglang.backend.metrics import Usage
+from fasa_sglang.backend.step import REQ_ATTRIBUTE, LaneStep, RequestState
 from fasa_sglang.config import FasaConfig
 from fasa_sglang.memory.importance import Importance
 from fasa_sglang.memory.pruning import (
@@ -29,14 +30,18 @@ class Memory:
         config: The server's settings.
         num_slots: Slots of the KV pool, the unused first one included.
         device: Of the pool.
+        usage: Counts what is pruned.
 
     Attributes:
         importance: Of every slot; the backend counts into it.
         tombstones: Of all running requests.
     """
 
-    def __init__(self, config: FasaConfig, num_slots: int, device: torch.device) -> None:
+    def __init__(
+        self, config: FasaConfig, num_slots: int, device: torch.device, usage: Usage
+    ) -> None:
         self.config = config
+        self.usage = usage
         self.tombstones = 0
         self.importance = Importance(num_slots, device)
 
@@ -50,6 +55,7 @@ class Memory:
             state = getattr(req, REQ_ATTRIBUTE, None)
             if state is None or state.request is None or state.request.prune == "off":
                 continue
+            self._count(state, 0, seq_len - len(req.origin_input_ids) - state.prune.pruned)
             # Right after a prefill its step may still be running.
             if req.decode_batch_idx < 1 or seq_len < self.config.min_seq_len:
                 continue
@@ -85,8 +91,22 @@ class Memory:
             self.tombstones += count
             state.prune.pruned += count
             state.prune.total += count
+            self._count(state, count, seq_len - len(req.origin_input_ids) - state.prune.pruned)
             # The radix tree must not learn of rows with holes.
             state.exact_len = start if state.exact_len is None else min(state.exact_len, start)
+
+    def _count(self, state: RequestState, pruned: int, live: int) -> None:
+        """Tell the metrics, which a step in a thousand changes."""
+        if pruned or abs(live - state.prune.live) >= self.config.prune_interval:
+            self.usage.add_pruned(pruned, live - state.prune.live)
+            state.prune.live = live
+
+    def forget(self, req: Any) -> None:
+        """A request gives up its slots, whatever the reason."""
+        state = getattr(req, REQ_ATTRIBUTE)
+        if state.prune.live:
+            self.usage.add_pruned(0, -state.prune.live)
+            state.prune.live = 0
 
     def release(self, req: Any, start: int, end: int, tree_cache: Any) -> None:
         """Give back what is left of positions ``start`` to ``end`` of a request that ends.

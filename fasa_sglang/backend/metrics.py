@@ -48,6 +48,17 @@ def counters() -> dict[str, Any]:
             model,
             buckets=RATIO_BUCKETS,
         ),
+        "pruned": Counter(
+            f"{prefix}pruned_tokens",
+            "Generated tokens whose KV slots were given back while their request ran.",
+            model,
+        ),
+        "live": Gauge(
+            f"{prefix}live_generated_tokens",
+            "Generated tokens of requests that prune and still have a KV slot.",
+            model,
+            multiprocess_mode="livesum",
+        ),
         "refused": Counter(f"{prefix}refused_requests", "Requests answered with HTTP 400.", model),
         "label_bytes": Gauge(
             f"{prefix}label_cache_bytes",
@@ -84,6 +95,8 @@ class Usage:
         self._minute = [0, 0, 0, 0]
         if self._exports:
             counters()["label_bytes"].labels(model_name=self._model).set(label_bytes)
+        # So that they are there from the start, as zeros.
+        self.add_pruned(0, 0)
 
     def add_step(self, sparse: bool, rows_read: int, rows_dense: int) -> None:
         """Count one step of one request."""
@@ -96,6 +109,17 @@ class Usage:
         now = time.monotonic()
         if now - self._flushed >= FLUSH_SECONDS:
             self._flush(now)
+
+    def add_pruned(self, pruned: int, live: int) -> None:
+        """Count what pruning did.
+
+        Args:
+            pruned: Tokens that lost their slots.
+            live: By how many the generated tokens of pruning requests that have one grew.
+        """
+        if self._counts and self._exports:
+            counters()["pruned"].labels(model_name=self._model).inc(pruned)
+            counters()["live"].labels(model_name=self._model).inc(live)
 
     def add_request(self, sparse: bool, read_ratio: float) -> None:
         """Count a request that has ended, all its steps before it."""

@@ -24,10 +24,12 @@ class PruneState:
     Args:
         pruned: Tombstones.
         total: The same, over all its prefills; what its reply reports.
+        live: Generated tokens that have a slot, as the metrics know them.
     """
 
     pruned: int = 0
     total: int = 0
+    live: int = 0
 
 
 def prunable_range(

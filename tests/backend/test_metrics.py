@@ -33,9 +33,10 @@ def scrape(server: str) -> dict[str, float]:
     return found
 
 
-def send(server: str, i: int) -> dict[str, Any]:
-    params = {"max_new_tokens": 1 + i % 7, "ignore_eos": True}
-    params["custom_params"] = {"fasa": ASKED[i % len(ASKED)]}
+def send(server: str, i: int, **asked: Any) -> dict[str, Any]:
+    fasa = asked.get("fasa", ASKED[i % len(ASKED)])
+    params = {"max_new_tokens": asked.get("tokens", 1 + i % 7), "ignore_eos": True}
+    params["custom_params"] = {"fasa": fasa}
     body = {"text": f"x{i} = 1\n" * (1 + i), "sampling_params": params}
     reply = httpx.post(f"{server}/generate", json=body, timeout=120)
     assert reply.status_code == 200, reply.text
@@ -79,6 +80,18 @@ def test_counters_equal_the_sum_of_the_replies(server: str) -> None:
     assert grown("refused_requests_total") == 3
     # 6001 slots, two layers of two KV heads, eight chunks of two dims, one byte each.
     assert after["label_cache_bytes"] == 6001 * NUM_LAYERS * 2 * 16
+
+
+def test_pruned_tokens_are_counted(server: str) -> None:
+    before = scrape(server).get("pruned_tokens_total", 0.0)
+    prune = {"prune": "generated", "prune_budget": 330}
+    with ThreadPoolExecutor(3) as pool:
+        reports = pool.map(lambda i: send(server, i, fasa=prune, tokens=700)["fasa"], range(3))
+        pruned = [report["pruned_tokens"] for report in reports]
+    after = scrape(server)
+    assert min(pruned) > 128
+    assert after["pruned_tokens_total"] - before == sum(pruned)
+    assert after["live_generated_tokens"] == 0
 
 
 def test_dashboard_asks_for_metrics_that_exist(server: str) -> None:

@@ -109,7 +109,7 @@ def test_pruning_leaks_nothing_and_leaves_others_alone(
     common = {"skip_tokenizer_init": True, "max_running_requests": AT_ONCE}
     with running_engine(
         random_model,
-        {**SETTINGS, "calibration": random_calibration},
+        {**SETTINGS, "calibration": random_calibration, "prune_admission": radix},
         max_total_tokens=POOL,
         schedule_conservativeness=0.01,
         disable_overlap_schedule=not overlap,
