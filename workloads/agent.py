@@ -26,11 +26,13 @@ from rich.table import Table
 from fasa_sglang import __version__
 from fasa_sglang.calibration import corpus
 from fasa_sglang.errors import FasaError
+from fasa_sglang.workloads.models import load_tokenizer
 from fasa_sglang.workloads.packaged_models import MODEL_HELP, find_model
 from fasa_sglang.workloads.server import flush_prefix_cache, running_server, server_url
+from fasa_sglang.workloads.transcript import Transcript
 
-# English prose and code take about so many characters a token.
-CHARS_PER_TOKEN = 4
+# English prose and code take no more characters a token than that.
+CHARS_PER_TOKEN = 5
 COLOURS = ["amber", "azure", "black", "coral", "green", "ivory", "khaki", "lilac", "olive", "white"]
 THINGS = [
     "anchor",
@@ -61,7 +63,8 @@ class Answer:
     """One request of one branch. Times in seconds.
 
     SGLang's HTTP process also tokenises, so that with long prompts tokens arrive in bursts: a reply
-    may be as short as its first token is late. ``reply_s`` is then the time to look at.
+    may be as short as its first token is late. ``reply_s`` is then the time to look at; or prompts
+    are sent as tokens.
     """
 
     branch: int
@@ -114,7 +117,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="smollm2", help=MODEL_HELP)
     parser.add_argument("--branches", type=int, default=4)
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--prefix-tokens", type=int, default=4096, help="of the system prompt")
+    parser.add_argument(
+        "--prefix-tokens", type=int, default=4096, help="of the system prompt, at least"
+    )
+    parser.add_argument(
+        "--tokenize",
+        choices=("server", "client"),
+        default="server",
+        help="who tokenises; client: replies do not wait for prompts that the server tokenises",
+    )
     parser.add_argument(
         "--fasa", type=json.loads, default=True, metavar="JSON", help="request keys"
     )
@@ -130,17 +141,19 @@ def run(args: argparse.Namespace) -> None:
     """
     console = Console(width=120)
     modes = {"dense": False, "FASA": args.fasa}
+    tokenizer = load_tokenizer(find_model(args.model)) if args.tokenize == "client" else None
     with _server(args) as url:
         # A server's first requests compile kernels.
         for fasa in modes.values():
             asyncio.run(
                 drive(
                     url,
-                    branches=args.branches,
+                    branches=1,
                     turns=1,
                     prefix_tokens=args.prefix_tokens,
                     seed=args.seed + 1,
                     fasa=fasa,
+                    tokenizer=tokenizer,
                 )
             )
         results = {}
@@ -155,6 +168,7 @@ def run(args: argparse.Namespace) -> None:
                     prefix_tokens=args.prefix_tokens,
                     seed=args.seed,
                     fasa=fasa,
+                    tokenizer=tokenizer,
                 )
             )
             results[name] = summary(answers, time.perf_counter() - start)
@@ -168,7 +182,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 async def drive(
-    url: str, *, branches: int, turns: int, prefix_tokens: int, seed: int, fasa: Any
+    url: str,
+    *,
+    branches: int,
+    turns: int,
+    prefix_tokens: int,
+    seed: int,
+    fasa: Any,
+    tokenizer: Any | None = None,
 ) -> list[Answer]:
     """Run all branches at once; returns their answers in order.
 
@@ -176,9 +197,10 @@ async def drive(
         url: The server's address.
         branches: Conversations over the shared prefix.
         turns: Questions of each.
-        prefix_tokens: About so long is the shared prefix.
+        prefix_tokens: So long is the shared prefix, or somewhat longer.
         seed: Of the questions and the tools' answers.
         fasa: What every request carries as ``fasa``.
+        tokenizer: Of the served model, if prompts are to be sent as tokens.
 
     Raises:
         FasaError: The server refused a request.
@@ -187,27 +209,27 @@ async def drive(
 
     tools = Tools(seed)
     manual = corpus.default_text().content[: prefix_tokens * CHARS_PER_TOKEN]
-    system = {"role": "system", "content": f"{manual}\n\n{RULES}"}
+    start = Transcript(tokenizer, f"{manual}\n\n{RULES}")
+    start.tokens(reply=False)
     async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=3600) as client:
         model = (await client.models.list()).data[0].id
 
         async def branch(number: int) -> list[Answer]:
             draw = random.Random(f"{seed}-{number}")
             names = draw.sample(sorted(tools.codes), turns)
-            messages = [system]
+            said = start.copy()
             answers = []
             for turn, name in enumerate(names):
-                messages.append({"role": "user", "content": f"Look up the code of the {name}."})
-                call = await _ask(client, model, messages, fasa)
+                said.add("user", f"Look up the code of the {name}.")
+                call = await _ask(client, model, said, fasa)
                 called, output = tools.call(call["text"])
                 answers.append(Answer(number, turn, "call", right=called == name, **call))
-                messages.append({"role": "assistant", "content": call["text"]})
-                question = f"{output} What is the code of the {name}?"
-                messages.append({"role": "user", "content": question})
-                answer = await _ask(client, model, messages, fasa)
+                said.add("assistant", call["text"])
+                said.add("user", f"{output} What is the code of the {name}?")
+                answer = await _ask(client, model, said, fasa)
                 right = re.findall(r"\d{4}", answer["text"])[:1] == [tools.codes[name]]
                 answers.append(Answer(number, turn, "answer", right=right, **answer))
-                messages.append({"role": "assistant", "content": answer["text"]})
+                said.add("assistant", answer["text"])
             return answers
 
         try:
@@ -241,17 +263,19 @@ def summary(answers: list[Answer], seconds: float) -> dict[str, Any]:
     }
 
 
-async def _ask(client: Any, model: str, messages: list[Any], fasa: Any) -> dict[str, Any]:
+async def _ask(client: Any, model: str, said: Transcript, fasa: Any) -> dict[str, Any]:
     """One streamed completion with its times."""
+    tokens = said.tokens()
+    extra = {"fasa": fasa} if tokens is None else {"fasa": fasa, "input_ids": tokens}
     start = time.perf_counter()
     stream = await client.chat.completions.create(
         model=model,
-        messages=list(messages),
+        messages=said.messages if tokens is None else said.messages[-1:],
         temperature=0,
         max_tokens=24,
         stream=True,
         stream_options={"include_usage": True},
-        extra_body={"fasa": fasa},
+        extra_body=extra,
     )
     text, first, last, usage, report = "", None, start, None, None
     async for chunk in stream:
@@ -264,15 +288,15 @@ async def _ask(client: Any, model: str, messages: list[Any], fasa: Any) -> dict[
             metadata = (chunk.model_extra or {}).get("metadata") or {}
             report = next(iter(metadata.get("fasa", [])), None)
     assert usage is not None
-    tokens = usage.completion_tokens
+    written = usage.completion_tokens
     details = usage.prompt_tokens_details
     return {
         "text": text.strip(),
         "ttft_s": (last if first is None else first) - start,
-        "tpot_s": (last - first) / (tokens - 1) if first is not None and tokens > 1 else None,
+        "tpot_s": (last - first) / (written - 1) if first is not None and written > 1 else None,
         "prompt_tokens": usage.prompt_tokens,
         "cached_tokens": None if details is None else details.cached_tokens,
-        "completion_tokens": tokens,
+        "completion_tokens": written,
         "kv_read_ratio": None if report is None else report["kv_read_ratio"],
     }
 
@@ -290,7 +314,7 @@ def _server(args: argparse.Namespace) -> Iterator[str]:
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("branches", "turns", "prefix_tokens", "fasa", "seed")
+    names = ("branches", "turns", "prefix_tokens", "fasa", "seed", "tokenize")
     return {name: getattr(args, name) for name in names}
 
 

@@ -33,6 +33,8 @@ def running_server(model: str, *flags: str) -> Iterator[str]:
         port = probe.getsockname()[1]
     server = subprocess.Popen(own_command("serve", model, "--port", str(port), *PLAIN, *flags))
     url = f"http://127.0.0.1:{port}"
+    # Ended by whatever manages jobs, the block is to end its server as it does after Ctrl-C.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         while not is_up(url):
             if server.poll() is not None:
@@ -42,6 +44,7 @@ def running_server(model: str, *flags: str) -> Iterator[str]:
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait(120)
+        signal.signal(signal.SIGTERM, before)
 
 
 def server_url(given: str) -> str:

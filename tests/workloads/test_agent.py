@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fasa_sglang.workloads.agent import Answer, Tools, summary
+from fasa_sglang.workloads.transcript import Transcript
 
 FASA = shutil.which("fasa", path=Path(sys.executable).parent)
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -51,6 +52,36 @@ def test_summary_counts_turns_and_what_was_right() -> None:
     assert unknown["cache_hit"] is None
 
 
+def test_transcripts_tokenise_what_is_new(tiny_path: Path) -> None:
+    """Beginning with the same text, copies share its tokens and grow on their own."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_path)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    start = Transcript(tokenizer, "Be brief.")
+    shared = start.tokens(reply=False)
+    first, second = start.copy(), start.copy()
+    first.add("user", "one")
+    second.add("user", "two")
+    assert tokenizer.decode(first.tokens()) == "<system>Be brief.\n<user>one\n<assistant>"
+    before = second.tokens()
+    assert before[: len(shared)] == shared
+    second.add("assistant", "2")
+    second.add("user", "three")
+    after = second.tokens()
+    assert after[: len(before)] == before
+    assert tokenizer.decode(after) == (
+        "<system>Be brief.\n<user>two\n<assistant>2\n<user>three\n<assistant>"
+    )
+    # A template that forgets what came before is tokenised anew.
+    tokenizer.chat_template = "{{ messages[-1].content }}"
+    assert tokenizer.decode(second.tokens()) == "three"
+    assert Transcript(None, "x").tokens() is None
+
+
 @pytest.mark.slow
 def test_agents_share_a_prefix_and_answer_with_fasa_as_without(
     smollm2_path: Path, tmp_path: Path
@@ -58,7 +89,7 @@ def test_agents_share_a_prefix_and_answer_with_fasa_as_without(
     """A real model that can do it: looks up codes and reads them from the tool's output."""
     report = tmp_path / "report.json"
     command = [FASA, "bench", "agent", "--model", str(smollm2_path), "--json", str(report)]
-    command += ["--branches", "2", "--turns", "1", "--prefix-tokens", "500"]
+    command += ["--branches", "2", "--turns", "1", "--prefix-tokens", "500", "--tokenize", "client"]
     done = subprocess.run(
         [*command, "--fasa", '{"budget": 384}'],
         cwd=tmp_path,
