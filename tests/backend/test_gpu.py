@@ -25,7 +25,7 @@ COMMON = {
 COVERED = {"budget": 8192}
 # A step of bfloat16 for logits from 16 to 32, as SmolLM2 has them. Each of two logits may be off by
 # one: SGLang's own backend parts with itself at such leads when the same prompts come in another
-# order (of 64, 7 at one step and 1 at two).
+# order (of 64, 8 at one step and 1 at two).
 ROUNDING = 0.125
 # What each lane asks for, by the kind of batch it makes.
 BATCHES: dict[str, list[Any]] = {
