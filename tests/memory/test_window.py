@@ -19,7 +19,7 @@ GRAPHS = ["eager", "graphs"] if torch.cuda.is_available() else ["eager"]
 def test_pruning_the_oldest_at_every_step_is_a_sliding_window(
     random_model: Path, random_calibration: str, graphs: str
 ) -> None:
-    """Holes in every lane but one, in dense and sparse layers, answers as the window does.
+    """With holes in every lane but one, replies are those of the window.
 
     The window is a selector of its own: the whole prompt as sink, then the last tokens, the current
     one on top of what pruning keeps.
