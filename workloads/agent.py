@@ -143,34 +143,17 @@ def run(args: argparse.Namespace) -> None:
     modes = {"dense": False, "FASA": args.fasa}
     tokenizer = load_tokenizer(find_model(args.model)) if args.tokenize == "client" else None
     with _server(args) as url:
+        settings = {"prefix_tokens": args.prefix_tokens, "tokenizer": tokenizer}
         # A server's first requests compile kernels.
         for fasa in modes.values():
-            asyncio.run(
-                drive(
-                    url,
-                    branches=1,
-                    turns=1,
-                    prefix_tokens=args.prefix_tokens,
-                    seed=args.seed + 1,
-                    fasa=fasa,
-                    tokenizer=tokenizer,
-                )
-            )
+            warm_up = drive(url, branches=1, turns=1, seed=args.seed + 1, fasa=fasa, **settings)
+            asyncio.run(warm_up)
         results = {}
         for name, fasa in modes.items():
             flush_prefix_cache(url)
+            size = {"branches": args.branches, "turns": args.turns}
             start = time.perf_counter()
-            answers = asyncio.run(
-                drive(
-                    url,
-                    branches=args.branches,
-                    turns=args.turns,
-                    prefix_tokens=args.prefix_tokens,
-                    seed=args.seed,
-                    fasa=fasa,
-                    tokenizer=tokenizer,
-                )
-            )
+            answers = asyncio.run(drive(url, seed=args.seed, fasa=fasa, **size, **settings))
             results[name] = summary(answers, time.perf_counter() - start)
             results[name]["answers"] = [asdict(answer) for answer in answers]
     if results["FASA"]["kv_read_ratio"] is None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
-from fasa_sglang.backend.memory import POOL_ATTRIBUTE, Memory, is_thinking, think_end
+from fasa_sglang.backend.memory import Memory, is_thinking, memory_of, think_end
 from fasa_sglang.backend.step import REQ_ATTRIBUTE
 from fasa_sglang.requests import FasaRequest, parse_request
 
@@ -42,7 +42,7 @@ def keep_max_new_tokens(original: Callable[..., None], scheduler: Any, req: Any)
     """Let a reply that is pruned all through be longer than the pool, up to the context length."""
     asked = req.sampling_params.max_new_tokens
     original(scheduler, req)
-    memory: Memory | None = getattr(scheduler.req_to_token_pool, POOL_ATTRIBUTE, None)
+    memory = memory_of(scheduler)
     request = None if memory is None else _request(memory, req)
     if growth(memory, req) is None or request is None or request.prune != "generated":
         return
@@ -59,7 +59,7 @@ def reserve_no_more(
 
     SGLang's admission reads from ``max_new_tokens`` how much a request will grow, and nothing else.
     """
-    bound = growth(_memory(adder.tree_cache), req)
+    bound = growth(memory_of(adder.tree_cache), req)
     if bound is None:
         return original(adder, req, *args, **kwargs)
     params = req.sampling_params
@@ -73,7 +73,7 @@ def reserve_no_more(
 
 def hold_no_more(result: float, adder: Any, req: Any) -> float:
     """What a running request is still reserved."""
-    bound = growth(_memory(adder.tree_cache), req)
+    bound = growth(memory_of(adder.tree_cache), req)
     return result if bound is None else min(result, bound)
 
 
@@ -87,7 +87,7 @@ def abort_what_cannot_return(
     from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
     retracted, ratio, aborted = result
-    memory = getattr(batch.req_to_token_pool, POOL_ATTRIBUTE, None)
+    memory = memory_of(batch)
     kept = []
     for req in retracted:
         bound = growth(memory, req)
@@ -103,10 +103,6 @@ def abort_what_cannot_return(
         logger.warning("FASA: aborted pruned request %s, the pool is full", req.rid)
         aborted.append(req)
     return kept, ratio, aborted
-
-
-def _memory(tree_cache: Any) -> Memory | None:
-    return getattr(tree_cache.req_to_token_pool, POOL_ATTRIBUTE, None)
 
 
 def _request(memory: Memory, req: Any) -> FasaRequest | None:

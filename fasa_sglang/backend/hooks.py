@@ -36,7 +36,7 @@ from fasa_sglang.backend.host import (
     uses_fasa,
 )
 from fasa_sglang.backend.label_cache import label_bytes_per_token
-from fasa_sglang.backend.memory import POOL_ATTRIBUTE
+from fasa_sglang.backend.memory import memory_of
 from fasa_sglang.backend.step import REQ_ATTRIBUTE, launch_step
 
 
@@ -85,7 +85,7 @@ def keep_exact_prefix(result: int, req: Any) -> int:
 
 def prune_requests(batch: Any, *args: Any, **kwargs: Any) -> None:
     """Before a decode step allocates: free slots of running requests that asked for it."""
-    memory = getattr(batch.req_to_token_pool, POOL_ATTRIBUTE, None)
+    memory = memory_of(batch)
     if memory is not None and batch.forward_mode.is_decode():
         memory.prune(batch)
 
@@ -105,7 +105,7 @@ def retract_pruned_last(result: list[int], reqs: list[Any], *args: Any) -> list[
 
 def leave_out_tombstones(result: tuple[int, int], checker: Any) -> tuple[int, int]:
     """SGLang's check of a busy pool counts what requests hold by their lengths."""
-    memory = getattr(checker.tree_cache.req_to_token_pool, POOL_ATTRIBUTE, None)
+    memory = memory_of(checker.tree_cache)
     if memory is None:
         return result
     return result[0] - memory.tombstones, result[1]
@@ -116,7 +116,7 @@ def free_inexact_tail(
 ) -> None:
     """Free what ``keep_exact_prefix`` withheld; SGLang asserts that there is no such tail."""
     state = getattr(req, REQ_ATTRIBUTE, None)
-    memory = getattr(tree_cache.req_to_token_pool, POOL_ATTRIBUTE, None)
+    memory = memory_of(tree_cache)
     if state is not None and memory is not None:
         memory.forget(req)
     if state is None or state.exact_len is None:

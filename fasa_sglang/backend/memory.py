@@ -96,7 +96,7 @@ class Memory:
             state.exact_len = start if state.exact_len is None else min(state.exact_len, start)
 
     def _count(self, state: RequestState, pruned: int, live: int) -> None:
-        """Tell the metrics, which a step in a thousand changes."""
+        """Tell the metrics: when tokens were pruned, and otherwise once an interval."""
         if pruned or abs(live - state.prune.live) >= self.config.prune_interval:
             self.usage.add_pruned(pruned, live - state.prune.live)
             state.prune.live = live
@@ -130,6 +130,11 @@ class Memory:
         """
         if lane.prunes:
             self.importance.end_step(slots[lane.prompt_len :], selectors)
+
+
+def memory_of(holder: Any) -> Memory | None:
+    """The memory mode behind a batch, a tree cache or a scheduler of SGLang; None without FASA."""
+    return getattr(holder.req_to_token_pool, POOL_ATTRIBUTE, None)
 
 
 def think_end(req: Any, config: FasaConfig) -> int | None:
