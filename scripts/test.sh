@@ -10,5 +10,5 @@ ruff format --check .
 # From elsewhere, so that mypy sees the installed package and not half of it in the checkout.
 (cd "$FASA_VENV" && mypy --config-file "$OLDPWD/pyproject.toml" -p fasa_sglang)
 # Triton chooses its interpreter when it is imported, so the kernels have a process of their own.
-TRITON_INTERPRET=1 pytest -q tests/ops/test_kernels.py
+TRITON_INTERPRET=1 pytest -q tests/ops/test_*kernels.py
 exec pytest "$@"

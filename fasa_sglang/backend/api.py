@@ -160,11 +160,6 @@ async def add_report_to_stream(
 
 
 def _require_prunable(server_args: Any, config: FasaConfig, mode: str) -> None:
-    if server_args.device != "cpu":
-        raise RequestError(
-            f"fasa.prune={mode!r} is served on CPUs only so far, got device {server_args.device}; "
-            "leave it out"
-        )
     if mode == "think" and not (server_args.reasoning_parser or config.think_end_ids):
         raise RequestError(
             "fasa.prune='think' needs to know where thinking ends; start the server with "

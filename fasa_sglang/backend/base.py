@@ -130,6 +130,13 @@ class FasaBackend:
         if layer.layer_id == self.last_layer:
             self.label_cache.write(forward_batch.out_cache_loc)
 
+    @property
+    def num_selectors(self) -> int:
+        """(layer, KV head) pairs of this rank that select."""
+        layers = range(self.first_layer, self.last_layer + 1)
+        selecting = sum(layer >= self.config.num_dense_layers for layer in layers)
+        return selecting * self.label_cache.labels.shape[2]
+
     def is_dense(self, layer: Any) -> bool:
         """Whether a layer attends to everything in every lane."""
         return layer.layer_id < self.config.num_dense_layers

@@ -109,7 +109,7 @@ def compared_lanes(lanes: Sequence[LaneStep], slots: torch.Tensor) -> list[Compa
     for i, lane in enumerate(lanes):
         if lane.request is not None and lane.request.selector != "fasa":
             full = lane.full_prefix_len
-            groups.setdefault(lane.request, []).append((i, begin + full, lane.seq_len - full))
+            groups.setdefault(lane.request, []).append((i, begin + full, lane.live_len - full))
         begin += lane.seq_len
     made = []
     for request, found in groups.items():

@@ -27,8 +27,11 @@ from fasa_sglang.flashinfer_ext.attention import (
     ShrinkableDecode,
     merge_attention,
 )
+from fasa_sglang.memory.importance import DECAY
+from fasa_sglang.ops.selection_average import update_averages
 from fasa_sglang.ops.token_importance import token_importance
 from fasa_sglang.ops.token_selection import select_tokens
+from fasa_sglang.ops.tombstones import close_gaps
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +91,8 @@ class FasaFlashInferAttnBackend(FasaBackend, FlashInferAttnBackend):
         if decoding:
             self.variant = self.capturing or self._needed()
         super().init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
+        if decoding and not in_capture:
+            self.memory.rows_were_read()
         if self.variant is Variant.DENSE:
             return
         batch_size = forward_batch.batch_size
@@ -103,6 +108,8 @@ class FasaFlashInferAttnBackend(FasaBackend, FlashInferAttnBackend):
         """Prepare an eager forward pass."""
         super().init_forward_metadata(forward_batch)
         decoding = forward_batch.forward_mode.is_decode_or_idle()
+        if decoding:
+            self.memory.rows_were_read()
         self.variant = self._needed() if decoding else Variant.DENSE
         if self.variant is Variant.DENSE:
             return
@@ -117,8 +124,10 @@ class FasaFlashInferAttnBackend(FasaBackend, FlashInferAttnBackend):
         """Buffers and plans for a batch size, made at its first use or when they are outgrown."""
         scratch = self._eager_scratch
         if scratch is None or scratch.batch_size < batch_size or scratch.longest < longest:
-            # Twice as much as needed, so that a growing batch does not allocate at every step.
-            longest = min(self.longest, max(2 * longest, scratch.longest if scratch else 0))
+            # Twice as much as needed, so that a growing batch does not allocate at every step. With
+            # pruned tokens a request may be longer than the pool.
+            more = max(2 * longest, scratch.longest if scratch else 0)
+            longest = max(longest, min(self.longest, more))
             lanes = max(2 * batch_size, scratch.batch_size if scratch else 0)
             scratch = self._eager_scratch = self._new_scratch(lanes, longest)
             room = lanes * longest
@@ -141,14 +150,17 @@ class FasaFlashInferAttnBackend(FasaBackend, FlashInferAttnBackend):
     ) -> torch.Tensor:
         """SGLang's decode, with selection where the step and the layer want it."""
         dense = self.forward_metadata
-        if self.variant is not Variant.DENSE and not self.is_dense(layer):
-            self._decode.layer = layer.layer_id - self.first_layer
+        selects = not self.is_dense(layer)
+        if self.variant is Variant.MIXED or (self.variant is Variant.SPARSE and selects):
+            self._decode.layer, self._decode.selects = layer.layer_id - self.first_layer, selects
             self.forward_metadata = dataclasses.replace(dense, decode_wrappers=[self._decode])
         try:
             out = super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
         finally:
             self.forward_metadata = dense
         self.write_labels(layer, forward_batch)
+        if layer.layer_id == self.last_layer and self.variant is not Variant.DENSE:
+            self._decode.end_step()
         return out
 
     def _needed(self) -> Variant:
@@ -156,7 +168,9 @@ class FasaFlashInferAttnBackend(FasaBackend, FlashInferAttnBackend):
         sparse = [lane for lane in self.lanes if lane.request is not None]
         if not sparse:
             return Variant.DENSE
-        alone = len(sparse) == len(self.lanes) and not any(lane.full_prefix_len for lane in sparse)
+        # SGLang's own wrapper, which serves the dense layers of the others, knows no gaps.
+        more = any(lane.full_prefix_len or lane.pruned for lane in sparse)
+        alone = len(sparse) == len(self.lanes) and not more
         return Variant.SPARSE if alone else Variant.MIXED
 
     def _start(self, decode: SparseDecode, forward_batch: Any, lanes: list[Any]) -> None:
@@ -198,6 +212,8 @@ class SparseDecode:
         rows = batch_size * backend.num_kv_heads
         device = backend.workspace_buffer.device
         self.labels = backend.label_cache
+        self.importance = backend.memory.importance
+        self.num_selectors = backend.num_selectors
         self.num_kv_heads = backend.num_kv_heads
         self.slots, self.scratch = slots, scratch
         self.table = LaneTable(batch_size, backend.num_kv_heads, backend.config.max_budget, device)
@@ -207,9 +223,12 @@ class SparseDecode:
         self.dense = ShrinkableDecode(
             self.table.indptr, slots, self.table.dense_last_page_len, *heads, *rest
         )
+        self.everything = ShrinkableDecode(
+            self.table.indptr, slots, self.table.live_last_page_len, *heads, *rest
+        )
         self.batch_size = batch_size
         self.variant = Variant.SPARSE
-        self.layer = 0
+        self.layer, self.selects = 0, True
         self.compared: list[ComparedLanes] = []
         self._combine = backend.config.combine
 
@@ -217,10 +236,13 @@ class SparseDecode:
         """Tell the device what the coming step does; arguments as ``LaneTable.fill``."""
         self.variant = variant
         self.table.fill(lanes, seq_lens)
+        if any(lane.pruned for lane in lanes):
+            close_gaps(self.slots, self.table.indptr, self.table.pruned)
         self.compared = compared_lanes(lanes, self.slots)
         self.focused.plan(self.table.focused_lengths.repeat(self.num_kv_heads))
         if variant is Variant.MIXED:
             self.dense.plan(self.table.dense_lengths)
+            self.everything.plan(self.table.live_lengths)
 
     def forward(
         self,
@@ -250,8 +272,11 @@ class SparseDecode:
                 f"FASA ranks tokens by plain logits, layer {self.layer} caps them at "
                 f"{logits_soft_cap}; serve this model with another attention backend"
             )
-        stage = "token importance"
+        stage = "dense attention"
         try:
+            if not self.selects:
+                return self._attend_to_all(q, *kv_cache, sm_scale)
+            stage = "token importance"
             self._score(q, sm_scale)
             stage = "token selection"
             self._select()
@@ -266,6 +291,23 @@ class SparseDecode:
                 f"{self.labels.labels.dtype} and {self.scratch.indices.shape[1]} indices per KV "
                 f"head: {error}"
             ) from error
+
+    def end_step(self) -> None:
+        """Fold what the layers selected into the averages of the lanes that prune."""
+        if not self.num_selectors:
+            return
+        table = self.table
+        update_averages(
+            self.slots,
+            table.indptr,
+            table.prompt_lens,
+            table.live_lens,
+            table.counted,
+            self.importance.counts,
+            self.importance.average,
+            self.num_selectors,
+            DECAY,
+        )
 
     def _score(self, q: torch.Tensor, sm_scale: float) -> None:
         table = self.table
@@ -296,6 +338,8 @@ class SparseDecode:
             self.scratch.selection,
             self.focused.indices,
             self.num_kv_heads,
+            self.importance.counts,
+            table.counted,
         )
 
     def _select_compared(
@@ -305,6 +349,14 @@ class SparseDecode:
         rows = self.focused.indices.view(-1, self.num_kv_heads, self.focused.indices.shape[1])
         chosen = group.select(q, k_cache, self.labels, self.layer, sm_scale, self._combine)
         rows[group.lanes, :, : chosen.shape[-1]] = chosen
+
+    def _attend_to_all(
+        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, sm_scale: float
+    ) -> torch.Tensor:
+        """A dense layer of a mixed step."""
+        out = torch.empty_like(q)
+        self.everything.run(q, k_cache, v_cache, out, sm_scale)
+        return out
 
     def _attend(
         self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, sm_scale: float

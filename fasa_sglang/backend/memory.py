@@ -8,7 +8,7 @@ import torch
 
 from fasa_sglang.backend.host import protected_len, request_row
 from fasa_sglang.backend.metrics import Usage
-from fasa_sglang.backend.step import REQ_ATTRIBUTE, LaneStep, RequestState
+from fasa_sglang.backend.step import REQ_ATTRIBUTE, RequestState
 from fasa_sglang.config import FasaConfig
 from fasa_sglang.memory.importance import Importance
 from fasa_sglang.memory.pruning import (
@@ -44,13 +44,25 @@ class Memory:
         self.usage = usage
         self.tombstones = 0
         self.importance = Importance(num_slots, device)
+        self._rows_read = torch.cuda.Event() if device.type == "cuda" else None
+
+    def rows_were_read(self) -> None:
+        """The coming step's slots were taken from the rows, on the stream it runs on.
+
+        SGLang prepares a step while the one before it may not even have begun, on another stream.
+        """
+        if self._rows_read is not None:
+            self._rows_read.record()
 
     def prune(self, batch: Any) -> None:
         """Free what a decode ``ScheduleBatch`` does not need any more.
 
         SGLang is about to allocate the slots of its next tokens. What the step in flight still
-        reads is reused by the step after it at the earliest.
+        reads is reused by the step after it at the earliest; the averages it is about to write may
+        be taken before or after, which is a step more or less of many.
         """
+        if self._rows_read is not None:
+            torch.cuda.current_stream().wait_event(self._rows_read)
         for req, seq_len in zip(batch.reqs, batch.seq_lens_cpu.tolist(), strict=True):
             state = getattr(req, REQ_ATTRIBUTE, None)
             if state is None or state.request is None or state.request.prune == "off":
@@ -119,17 +131,6 @@ class Memory:
         tree_cache.token_to_kv_pool_allocator.free(live.to(torch.int64))
         self.tombstones -= state.prune.pruned
         state.prune.pruned = 0
-
-    def end_step(self, lane: LaneStep, slots: torch.Tensor, selectors: int) -> None:
-        """Fold a lane's selections into its averages.
-
-        Args:
-            lane: Whose.
-            slots: Of its live tokens, in order.
-            selectors: (layer, KV head) pairs that selected.
-        """
-        if lane.prunes:
-            self.importance.end_step(slots[lane.prompt_len :], selectors)
 
 
 def memory_of(holder: Any) -> Memory | None:

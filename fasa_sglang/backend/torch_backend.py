@@ -77,12 +77,13 @@ class FasaTorchAttnBackend(FasaBackend, TorchNativeAttnBackend):
         return slots[slots != 0] if self.lanes[i].pruned else slots
 
     def _end_step(self, forward_batch: Any) -> None:
-        layers = range(self.first_layer, self.last_layer + 1)
-        sparse = sum(layer >= self.config.num_dense_layers for layer in layers)
-        selectors = sparse * self.label_cache.labels.shape[2]
+        if not self.num_selectors:
+            return
         for i in self.own_lanes[False]:
-            if self.lanes[i].prunes and selectors:
-                self.memory.end_step(self.lanes[i], self._slots(forward_batch, i), selectors)
+            lane = self.lanes[i]
+            if lane.prunes:
+                slots = self._slots(forward_batch, i)[lane.prompt_len :]
+                self.memory.importance.end_step(slots, self.num_selectors)
 
     def _attend(
         self, q: torch.Tensor, slots: torch.Tensor, layer: Any, lane: LaneStep

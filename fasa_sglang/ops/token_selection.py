@@ -215,6 +215,8 @@ def _settle_kernel(
     counts_ptr,
     positions_ptr,
     indices_ptr,
+    wanted_ptr,
+    counted_ptr,
     scores_stride,
     indices_stride,
     H: tl.constexpr,
@@ -224,11 +226,15 @@ def _settle_kernel(
     MOST: tl.constexpr,
     POINTED: tl.constexpr,
     ROOM: tl.constexpr,
+    COUNTS: tl.constexpr,
 ):
     i_r = tl.program_id(0)
     i_b, i_h = i_r // H, i_r % H
     seq_len, budget = tl.load(seq_lens_ptr + i_b), tl.load(budgets_ptr + i_b)
     sink, recent = tl.load(sinks_ptr + i_b), tl.load(recents_ptr + i_b)
+    counted = 0
+    if COUNTS:
+        counted = tl.load(counted_ptr + i_b)
     num_above, num_at = tl.load(counts_ptr + 2 * i_r), tl.load(counts_ptr + 2 * i_r + 1)
     p_row = scores_ptr + i_r.to(tl.int64) * scores_stride
     p_slot = slots_ptr + tl.load(starts_ptr + i_b)
@@ -249,6 +255,8 @@ def _settle_kernel(
         b_kept = tl.where(short | (o_k < sink), o_k, seq_len - recent + o_k - sink)
         b_slot = tl.load(p_slot + b_kept, mask=o_k < num_kept, other=0)
         tl.store(p_index + o_k, b_slot * H + i_h, mask=o_k < num_kept)
+        if COUNTS and counted:
+            tl.atomic_add(wanted_ptr + b_slot, 1, mask=o_k < num_kept, sem="relaxed")
     enough = (count >= wanted) & (num_above <= ROOM) & (num_filling <= ROOM)
     if (short == 0) & enough & (count <= NC):
         # Look for the greatest key that at least `wanted` candidates reach: first where the counts
@@ -279,6 +287,8 @@ def _settle_kernel(
         m_won = b_above | (b_tie & (b_place < wanted))
         b_slot = tl.load(p_slot + b_pos, mask=m_won, other=0)
         tl.store(p_index + written + b_place, b_slot * H + i_h, mask=m_won)
+        if COUNTS and counted:
+            tl.atomic_add(wanted_ptr + b_slot, 1, mask=m_won, sem="relaxed")
     if (short == 0) & ((enough == 0) | (count > NC)):
         whole = enough == 0
         num = tl.where(whole, seq_len - sink - recent, count)
@@ -304,6 +314,8 @@ def _settle_kernel(
                 m_won_t = (b_won == 1) & (b_place_t < budget)
                 b_slot_t = tl.load(p_slot + b_pos_t, mask=m_won_t, other=0)
                 tl.store(p_index + b_place_t, b_slot_t * H + i_h, mask=m_won_t)
+                if COUNTS and counted:
+                    tl.atomic_add(wanted_ptr + b_slot_t, 1, mask=m_won_t, sem="relaxed")
                 written += tl.sum(b_won, axis=0)
     # As the next layer's collecting expects it.
     tl.store(counts_ptr + 2 * i_r, 0)
@@ -336,6 +348,8 @@ def select_tokens(
     buffers: SelectionBuffers,
     indices: torch.Tensor,
     num_kv_heads: int,
+    wanted: torch.Tensor | None = None,
+    counted: torch.Tensor | None = None,
 ) -> None:
     """Write the best tokens of every row as rows of the KV pool seen head by head.
 
@@ -354,6 +368,8 @@ def select_tokens(
         indices: Receives ``slot * num_kv_heads + kv_head`` of the kept tokens, in no order,
             ``[B * HKV, K]``, int32. Entries from ``min(budget, seq_len)`` on keep what they held.
         num_kv_heads: KV heads of this rank.
+        wanted: Receives one more for every time that a slot was kept, ``[num_slots]``, int32.
+        counted: Of which requests, ``[B]``, int32, 0 or 1; needed with ``wanted``.
 
     Reference: :func:`fasa_sglang.ops.reference.select_tokens`.
     """
@@ -398,6 +414,8 @@ def select_tokens(
         buffers.counts,
         buffers.positions,
         indices,
+        wanted,
+        counted,
         scores.scores.stride(0),
         indices.stride(0),
         H=num_kv_heads,
@@ -408,5 +426,6 @@ def select_tokens(
         MOST=2**16,
         POINTED=POINTED_STEPS,
         ROOM=ROOM,
+        COUNTS=wanted is not None,
         num_warps=num_warps,
     )

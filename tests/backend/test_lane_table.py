@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fasa_sglang.backend.lane_table import LaneTable
+from fasa_sglang.backend.lane_table import FIELDS, LaneTable
 from fasa_sglang.backend.step import LaneStep
 from fasa_sglang.requests import FasaRequest
 
@@ -40,6 +40,34 @@ def test_lanes_are_split_into_dense_and_selectable_tokens() -> None:
         assert dense + kept == lane.attended_len
 
 
+def test_pruned_tokens_are_neither_selected_from_nor_attended() -> None:
+    """A lane with gaps, one that prunes but has none yet, one whose whole prompt is attended."""
+    pruning = {"sink": 4, "recent": 8, "prune": "generated"}
+    lanes = [
+        LaneStep(FasaRequest(40, **pruning), seq_len=100, prompt_len=10, pruned=55),
+        LaneStep(FasaRequest(40, **pruning), seq_len=50, prompt_len=30),
+        LaneStep(FasaRequest(40, **pruning, prefix="full"), seq_len=130, prompt_len=80, pruned=20),
+        LaneStep(None, seq_len=70, prompt_len=30),
+    ]
+    seq_lens = [100, 50, 130, 70, 1]
+    table = LaneTable(5, 1, MAX_BUDGET, torch.device("cpu"))
+    table.fill(lanes, seq_lens)
+    # Each lane keeps the room of all its tokens; what is left lies at its front.
+    assert table.indptr.tolist() == [0, 100, 150, 280, 350, 351]
+    assert table.starts.tolist() == [0, 100, 230, 350, 351]
+    assert table.seq_lens.tolist() == [45, 50, 30, 0, 0]
+    assert table.focused_lengths.tolist() == [40, 40, 30, 0, 0]
+    assert table.live_lengths.tolist() == table.live_lens.tolist() == [45, 50, 110, 70, 1]
+    pages = torch.tensor(seq_lens)
+    assert (pages - 1 + table.live_last_page_len).tolist() == [45, 50, 110, 70, 1]
+    assert (pages - 1 + table.dense_last_page_len).tolist() == [0, 0, 80, 70, 1]
+    assert table.pruned.tolist() == [55, 0, 20, 0, 0]
+    assert table.counted.tolist() == [1, 1, 1, 0, 0]
+    assert table.prompt_lens.tolist() == [10, 30, 80, 0, 0]
+    for lane, dense, kept in zip(lanes, table.dense_lengths, table.focused_lengths, strict=False):
+        assert dense + kept == lane.attended_len
+
+
 def test_a_second_step_leaves_nothing_of_the_first() -> None:
     table = LaneTable(2, 1, MAX_BUDGET, torch.device("cpu"))
     table.fill([LaneStep(FasaRequest(40, 4, 8), 50, 30)] * 2, [50, 50])
@@ -54,5 +82,5 @@ def test_fields_are_aligned_for_any_batch_size() -> None:
     for batch_size in range(1, 9):
         table = LaneTable(batch_size, 3, MAX_BUDGET, torch.device("cpu"))
         base = table.starts.data_ptr()
-        for name in ("seq_lens", "budgets", "sinks", "recents", "indptr", "focused_last_page_len"):
+        for name in (*FIELDS, "indptr", "focused_last_page_len"):
             assert (getattr(table, name).data_ptr() - base) % 16 == 0

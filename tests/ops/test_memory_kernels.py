@@ -1,0 +1,133 @@
+"""Memory mode's kernels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_cases import (
+    DEVICE,
+    Case,
+    check_selection,
+    make_case,
+    needs_triton,
+    scored,
+    written_labels,
+)
+
+from fasa_sglang.memory.importance import DECAY, Importance
+
+pytestmark = needs_triton
+
+
+def ints(values: list[int]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+@pytest.mark.parametrize("seq_lens", [(1,), (5, 3000, 40), (1024, 1025, 2048, 7)])
+def test_gaps_are_closed_in_order(seq_lens: tuple[int, ...]) -> None:
+    from fasa_sglang.ops.tombstones import close_gaps
+
+    generator = torch.Generator().manual_seed(0)
+    lanes = [torch.randint(1, 10**6, (n,), generator=generator).int() for n in seq_lens]
+    # The last lane has no gap; what it holds is not read, zeros neither.
+    for lane in lanes[:-1]:
+        lane[torch.rand(len(lane), generator=generator) < 0.7] = 0
+    lanes[-1][::2] = 0
+    pruned = [int((lane == 0).sum()) for lane in lanes[:-1]] + [0]
+    slots = torch.cat(lanes).to(DEVICE)
+    indptr = torch.tensor([0, *torch.tensor(seq_lens).cumsum(0)], dtype=torch.int32, device=DEVICE)
+    close_gaps(slots, indptr, torch.tensor(pruned, dtype=torch.int32, device=DEVICE))
+    parts = slots.cpu().split(list(seq_lens))
+    for lane, part in zip(lanes[:-1], parts, strict=False):
+        live = lane[lane != 0]
+        assert torch.equal(part[: len(live)], live)
+    assert torch.equal(parts[-1], lanes[-1])
+
+
+def test_averages_match_the_reference() -> None:
+    """Two steps; a lane whose selections are not counted, and slots that nobody has."""
+    from fasa_sglang.ops.selection_average import update_averages
+
+    generator = torch.Generator().manual_seed(0)
+    live_lens, prompt_lens, counted = [700, 3, 2000, 600], [60, 2, 0, 10], [1, 1, 1, 0]
+    num_slots, selectors = 4000, 12
+    slots = (torch.randperm(num_slots - 1, generator=generator) + 1)[: sum(live_lens)].int()
+    indptr = [0, *torch.tensor(live_lens).cumsum(0).tolist()]
+    expected = Importance(num_slots, torch.device("cpu"))
+    expected.average.uniform_(generator=generator)
+    average = expected.average.clone().to(DEVICE)
+    counts = torch.zeros(num_slots, dtype=torch.int32, device=DEVICE)
+
+    for _ in range(2):
+        selected = torch.randint(0, selectors, (num_slots,), generator=generator).int()
+        expected.counts.copy_(selected)
+        counts.copy_(selected)
+        for i, begin in enumerate(indptr[:-1]):
+            if counted[i]:
+                own = slots[begin + prompt_lens[i] : indptr[i + 1]].long()
+                expected.end_step(own, selectors)
+        update_averages(
+            slots.to(DEVICE),
+            ints(indptr),
+            ints(prompt_lens),
+            ints(live_lens),
+            ints(counted),
+            counts,
+            average,
+            selectors,
+            DECAY,
+        )
+        torch.testing.assert_close(average.cpu(), expected.average)
+        assert torch.equal(counts.cpu(), expected.counts)
+
+
+def count_selections(case: Case, buffers, budgets: list[int], counted: list[int], forced):
+    """Select, and compare the counts with the indices; returns the indices."""
+    from fasa_sglang.ops.token_selection import SelectionBuffers, select_tokens
+
+    num_kv_heads = case.dims.shape[0]
+    rows = len(budgets) * num_kv_heads
+    indices = torch.full((rows, max(budgets) + 3), -7, dtype=torch.int32, device=DEVICE)
+    wanted = torch.zeros(len(case.k), dtype=torch.int32, device=DEVICE)
+    select_tokens(
+        buffers,
+        case.packed,
+        case.starts,
+        case.seq_lens,
+        ints(budgets),
+        case.ints(forced[0]),
+        case.ints(forced[1]),
+        SelectionBuffers(buffers),
+        indices,
+        num_kv_heads,
+        wanted,
+        ints(counted),
+    )
+    expected = torch.zeros_like(wanted)
+    kept = torch.minimum(ints(budgets), case.seq_lens).tolist()
+    for row, index in enumerate(indices):
+        if counted[row // num_kv_heads]:
+            expected[index[: kept[row // num_kv_heads]].long() // num_kv_heads] += 1
+    assert torch.equal(wanted, expected)
+    return indices
+
+
+def test_selections_are_counted_by_slot() -> None:
+    """Sparse, short and uncounted requests."""
+    case = make_case((300, 20, 129, 150), 2, 2, 16, 8)
+    buffers = scored(case, written_labels(case, torch.bfloat16), "mean", 2, 3)
+    budgets = [40, 40, 30, 30]
+    indices = count_selections(case, buffers, budgets, [1, 1, 0, 1], (2, 3))
+    check_selection(case, buffers, indices, budgets, (2, 3))
+
+
+def test_selections_of_a_row_that_is_ranked_whole_are_counted() -> None:
+    """As where the guess is too high: the sample sees only high scores."""
+    from fasa_sglang.ops.token_importance import ScoreBuffers
+
+    seq_len, budget = 16384, 9000
+    case = make_case((seq_len,), 1, 1, 16, 8)
+    buffers = ScoreBuffers(1, 1, 1, seq_len, "mean", DEVICE)
+    position = torch.arange(seq_len, device=DEVICE)
+    buffers.scores[0] = torch.where(position % 16 < 8, 100.0, 0.0) + position / seq_len
+    count_selections(case, buffers, [budget], [1], (0, 0))
