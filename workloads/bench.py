@@ -1,12 +1,12 @@
-"""``fasa bench``: ``ops`` measures the kernels, ``serve`` the server, ``agent`` a use of it."""
+"""``fasa bench``: ``ops`` times kernels, ``serve`` and ``memory`` the server, ``agent`` a use."""
 
 from __future__ import annotations
 
 import argparse
 
-from fasa_sglang.workloads import agent, bench_ops, bench_serve
+from fasa_sglang.workloads import agent, bench_memory, bench_ops, bench_serve
 
-PARTS = {"ops": bench_ops, "serve": bench_serve, "agent": agent}
+PARTS = {"ops": bench_ops, "serve": bench_serve, "memory": bench_memory, "agent": agent}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

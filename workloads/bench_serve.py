@@ -68,6 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", type=int, default=2048, help="tokens per (request, KV head)")
     parser.add_argument("--labels", choices=tuple(LABELS), default="half-fp8")
     parser.add_argument("--combine", choices=("mean", "nrm"), default="mean")
+    parser.add_argument(
+        "--request", type=json.loads, default={}, metavar="JSON", help="further request keys"
+    )
     parser.add_argument("--output-tokens", type=int, default=128, help="tokens timed per request")
     parser.add_argument("--json", metavar="FILE", help="write the rows as JSON")
     parser.add_argument("--plot", metavar="FILE", help="draw speed-up against context as PNG")
@@ -87,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
         )
     ]
     with tempfile.TemporaryDirectory() as work:
-        model, overrides = _model(args.shape, Path(work))
+        model, overrides = served_model(args.shape, Path(work))
         calibration = str(Path(work) / "calibration.safetensors")
         shape = ModelShape.from_config(load_config(model))
         parts, label_dtype = LABELS[args.labels]
@@ -109,11 +112,12 @@ def run(args: argparse.Namespace) -> None:
             log.print(f"starting SGLang with {'its own backend' if fasa is None else 'fasa'}")
             with running_engine(model, fasa, **overrides) as engine:
                 if args.shape in SHAPES:
-                    _spread_keys(engine, SHAPES[args.shape])
-                rows += _measure(engine, cases, fasa is not None, args.output_tokens, log)
+                    spread_keys(engine, SHAPES[args.shape])
+                asked = None if fasa is None else {"budget": args.budget, **args.request}
+                rows += _measure(engine, cases, asked, args.output_tokens, log)
     console.print(
         f"{args.shape}, budget {args.budget}, labels {args.labels}, combine {args.combine}, "
-        f"{_device()}, sglang {version('sglang')}"
+        f"{device_name()}, sglang {version('sglang')}"
     )
     console.print(_table(rows))
     if args.json:
@@ -121,9 +125,10 @@ def run(args: argparse.Namespace) -> None:
             "fasa_sglang": __version__,
             "sglang": version("sglang"),
             "torch": torch.__version__,
-            "device": _device(),
+            "device": device_name(),
             "shape": args.shape,
             "settings": {**settings, "calibration": args.labels},
+            "request": args.request,
             "rows": [asdict(row) for row in rows],
         }
         Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
@@ -137,7 +142,7 @@ def run(args: argparse.Namespace) -> None:
         plot_speedup(points, "time per token, times SGLang's own backend", args.plot)
 
 
-def _device() -> str:
+def device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
@@ -145,7 +150,7 @@ def _case(row: Row) -> tuple[int, int]:
     return row.batch_size, row.prompt_len
 
 
-def _model(shape: str, work: Path) -> tuple[str, dict[str, Any]]:
+def served_model(shape: str, work: Path) -> tuple[str, dict[str, Any]]:
     """A folder to serve, and what SGLang has to be told about it."""
     if shape not in SHAPES:
         return str(packaged_model(shape)), {}
@@ -153,7 +158,7 @@ def _model(shape: str, work: Path) -> tuple[str, dict[str, Any]]:
     return str(work / shape), {"load_format": "dummy", "mem_fraction_static": 0.9}
 
 
-def _spread_keys(engine: Any, shape: dict[str, Any]) -> None:
+def spread_keys(engine: Any, shape: dict[str, Any]) -> None:
     """Give every token of the vocabulary its own hidden state, and so its own keys.
 
     SGLang's dummy weights are so small, those of the norms included, that attention's average
@@ -174,8 +179,9 @@ def _spread_keys(engine: Any, shape: dict[str, Any]) -> None:
 
 
 def _measure(
-    engine: Any, cases: list[tuple[int, int]], fasa: bool, output_tokens: int, log: Console
+    engine: Any, cases: list[tuple[int, int]], fasa: Any, output_tokens: int, log: Console
 ) -> list[Row]:
+    """Rows of one engine; ``fasa`` is what requests ask for, None for SGLang's own backend."""
     rows = []
     for batch_size, context in cases:
         prompt_len = context - output_tokens
@@ -183,15 +189,15 @@ def _measure(
         prompts = [
             [draw.randrange(1000, 40000) for _ in range(prompt_len)] for _ in range(batch_size)
         ]
-        ttft_ms = _ttft(engine, prompts, fasa)
+        ttft_ms = _ttft(engine, prompts, fasa or False)
         # Switched off, only the fixed costs matter, which weigh most in short steps.
-        off = not fasa or prompt_len <= SHORT_PROMPT
-        for on in (False, True)[not off : 1 + fasa]:
-            tpot_ms, ratio = _tpot(engine, prompts, on, output_tokens)
+        off = fasa is None or prompt_len <= SHORT_PROMPT
+        for on in (False, True)[not off : 1 + (fasa is not None)]:
+            tpot_ms, ratio = _tpot(engine, prompts, fasa if on else False, output_tokens)
             row = Row(
                 batch_size,
                 context,
-                "fasa" if fasa else "dense",
+                "dense" if fasa is None else "fasa",
                 on,
                 ttft_ms,
                 tpot_ms,
@@ -203,7 +209,7 @@ def _measure(
     return rows
 
 
-def _ttft(engine: Any, prompts: list[list[int]], fasa: bool) -> float:
+def _ttft(engine: Any, prompts: list[list[int]], fasa: Any) -> float:
     """Median time of the first token of all cold prompts; leaves them in the prefix cache."""
     times = []
     # Long prefills vary little and take most of the command's time.
@@ -214,7 +220,7 @@ def _ttft(engine: Any, prompts: list[list[int]], fasa: bool) -> float:
 
 
 def _tpot(
-    engine: Any, prompts: list[list[int]], fasa: bool, output_tokens: int
+    engine: Any, prompts: list[list[int]], fasa: Any, output_tokens: int
 ) -> tuple[float, float | None]:
     first, whole = [], []
     for _ in range(REPEATS_OF_SHORT if len(prompts[0]) <= SHORT_PROMPT else REPEATS):
@@ -227,7 +233,7 @@ def _tpot(
 
 
 def _generate(
-    engine: Any, prompts: list[list[int]], fasa: bool, max_new_tokens: int
+    engine: Any, prompts: list[list[int]], fasa: Any, max_new_tokens: int
 ) -> tuple[float, list[dict[str, Any]]]:
     params = {
         "temperature": 0,
