@@ -122,8 +122,9 @@ def calibrate(
     held_out_ids = _tokenize(tokenizer, held_out, settings, model)
     _run(model, ids, rank, _bar(progress, "ranking", shape.num_layers))
     score = torch.stack(values)
+    groups = score.unflatten(1, (shape.num_kv_heads, -1)).mean(dim=2)
     # Stable, so that equal scores keep RoPE's order on every machine.
-    ranking = score.argsort(dim=-1, descending=True, stable=True)
+    ranking = groups.argsort(dim=-1, descending=True, stable=True)
 
     grid = sorted({max(1, shape.rope.num_chunks // part) for part in (8, 4, 2)} | {num_fcs})
     sums = {name: torch.zeros(len(grid)) for name in ("agreement", "mass", "oracle_mass")}

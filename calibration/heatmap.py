@@ -8,7 +8,7 @@ from fasa_sglang.dominant_fcs import DominantFCs
 
 
 def save_heatmap(dominant: DominantFCs, path: str | Path) -> None:
-    """Draw layers by frequency chunks, the ranker's value averaged over the KV heads, as PNG."""
+    """Draw layers by frequency chunks, the ranker's value averaged over the query heads, as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -20,6 +20,6 @@ def save_heatmap(dominant: DominantFCs, path: str | Path) -> None:
     axes.set_xlabel("frequency chunk (fast to slow)")
     axes.set_ylabel("layer")
     axes.set_title(f"{dominant.model.architecture}: {dominant.provenance['ranker']}")
-    figure.colorbar(image, label="mean over KV heads")
+    figure.colorbar(image, label="mean over query heads")
     # Without the software's version, so that equal calibrations give equal pictures.
     figure.savefig(path, format="png", dpi=100, metadata={"Software": None})

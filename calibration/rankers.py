@@ -45,7 +45,7 @@ def rank_statistics(
     positions: torch.Tensor,
     top_k: int,
 ) -> dict[str, torch.Tensor]:
-    """All four rankers' value of every chunk, averaged over queries and the group's heads.
+    """All four rankers' value of every chunk for every query head, averaged over queries.
 
     ``separation``: share of [mean logit of the true top-K] - [mean logit of all tokens].
     ``agreement``: overlap of the chunk's own top-K with the head's, the paper's contextual
@@ -58,9 +58,10 @@ def rank_statistics(
         top_k: Tokens a query attends to; every position must see more.
 
     Returns:
-        Ranker to ``[HKV, C]``, float32; larger is better.
+        Ranker to ``[HQ, C]``, float32; larger is better.
     """
-    totals = {name: torch.zeros(k.shape[0], len(chunk_dims), device=k.device) for name in RANKERS}
+    shape = (k.shape[0], q.shape[0] // k.shape[0], len(chunk_dims))
+    totals = {name: torch.zeros(shape, device=k.device) for name in RANKERS}
     for head, scores in chunk_scores(q, k, chunk_dims, positions):
         full = scores.sum(dim=1)
         best = full.topk(top_k, dim=-1).indices
@@ -79,8 +80,8 @@ def rank_statistics(
             "deviation": (centred.square().mean(dim=-1) / variance).sqrt(),
         }
         for name, value in values.items():
-            totals[name][head] += value.mean(dim=0)
-    return {name: (total / len(positions)).cpu() for name, total in totals.items()}
+            totals[name][head] += value
+    return {name: (total / len(positions)).flatten(0, 1).cpu() for name, total in totals.items()}
 
 
 def selection_quality(

@@ -6,6 +6,7 @@ import hashlib
 import os
 from pathlib import Path
 
+from fasa_sglang.dominant_fcs import FORMAT
 from fasa_sglang.errors import CalibrationError
 
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt")
@@ -28,7 +29,9 @@ def cached_calibration(model: str) -> Path:
         CalibrationError: There is no such model.
     """
     name = Path(model).resolve().name if Path(model).is_dir() else model.replace("/", "--")
-    return cache_dir() / "calibrations" / f"{name}-{model_fingerprint(model)}.safetensors"
+    # One of an older format is made anew.
+    file = f"{name}-{model_fingerprint(model)}-{FORMAT}.safetensors"
+    return cache_dir() / "calibrations" / file
 
 
 def model_fingerprint(model: str) -> str:

@@ -17,7 +17,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "combine": ("mean", "nrm"),
     "label_dtype": ("fp8", "bf16"),
     "prune_rule": ("fasa", "random", "oldest"),
-    "selector": ("fasa", "oracle", "streaming", "random", "quest", "paged", "any"),
+    "selector": ("fasa", "oracle", "streaming", "random", "quest", "paged", "per_head", "any"),
 }
 # What a request may choose from on a server whose selector is "any".
 SELECTORS = CHOICES["selector"][:-1]
@@ -46,8 +46,9 @@ class FasaConfig:
             mean and spread of each dim) or ``bf16``.
         min_seq_len: Steps of requests shorter than this many tokens stay dense.
         selector: What ranks the tokens; all but ``fasa`` are for comparison runs: the exact
-            softmax weights (``oracle``), StreamingLLM, chance, Quest, and FASA's own scores by
-            pages of 16 tokens (``paged``). With ``any`` every request chooses.
+            softmax weights (``oracle``), StreamingLLM, chance, Quest, FASA's own scores by pages
+            of 16 tokens (``paged``), and FASA with chunks chosen for every query head instead of
+            every KV head (``per_head``). With ``any`` every request chooses.
         seed: Seed of the ``random`` selector, unless the request says.
         prune_budget: Generated tokens that a pruned request keeps, unless the request says.
         prune_interval: Generated tokens too many before a request is pruned again.

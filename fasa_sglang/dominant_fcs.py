@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 from fasa_sglang.errors import CalibrationError, CalibrationMismatchError, UnsupportedModelError
 from fasa_sglang.rope import RopeLayout, rope_layout_from_config
 
-FORMAT = 1
+FORMAT = 2
 # One metadata key: safetensors does not keep the order of several, and equal calibrations
 # must be equal byte by byte.
 METADATA_KEY = "fasa"
@@ -98,9 +98,10 @@ class DominantFCs:
     Args:
         model: The model the ranking belongs to.
         num_fcs: Chunks a server reads unless its configuration says otherwise.
-        ranking: Chunk numbers in falling order of ``score``,
+        ranking: Chunk numbers in falling order of the mean ``score`` of a group's query heads,
             ``[num_layers, num_kv_heads, num_chunks]``, int16. A server reads the first ``num_fcs``.
-        score: The ranker's value of each chunk, by chunk number, shape of ``ranking``, float32.
+        score: The ranker's value of each chunk for each query head, by chunk number,
+            ``[num_layers, num_qo_heads, num_chunks]``, float32.
         k_mean: Mean of every dim of K over the calibration text,
             ``[num_layers, num_kv_heads, head_dim]``, float32; for labels narrower than 8 bits.
         k_scale: Largest absolute deviation from ``k_mean``, same shape, float32.
@@ -126,6 +127,17 @@ class DominantFCs:
         """
         self.model.check_num_fcs(num_fcs)
         return self.model.rope.chunk_dims()[self.ranking[..., :num_fcs].long()].flatten(-2)
+
+    def head_dims(self, num_fcs: int) -> torch.Tensor:
+        """1 at the head dims of the best ``num_fcs`` chunks of every query head, 0 elsewhere.
+
+        Returns:
+            ``[num_layers, num_qo_heads, head_dim]``, float32.
+        """
+        best = self.score.argsort(dim=-1, descending=True, stable=True)[..., :num_fcs]
+        dims = self.model.rope.chunk_dims()[best].flatten(-2)
+        chosen = torch.zeros(*dims.shape[:2], self.model.rope.head_dim)
+        return chosen.scatter_(-1, dims, 1.0)
 
     def check_model(self, shape: ModelShape, path: str | Path) -> None:
         """Refuse to serve ``shape`` with the calibration of another model.
@@ -161,12 +173,14 @@ class DominantFCs:
             )
         per_rank = max(1, total // tp_size)
         start = tp_rank * total // tp_size
+        held = slice(start, start + per_rank)
+        num_queries = self.model.num_qo_heads // tp_size
         return replace(
             self,
-            **{
-                name: getattr(self, name)[:, start : start + per_rank]
-                for name in ("ranking", "score", "k_mean", "k_scale")
-            },
+            ranking=self.ranking[:, held],
+            k_mean=self.k_mean[:, held],
+            k_scale=self.k_scale[:, held],
+            score=self.score[:, tp_rank * num_queries : (tp_rank + 1) * num_queries],
         )
 
     def save(self, path: str | Path) -> None:
@@ -233,7 +247,7 @@ class DominantFCs:
         chunks, head_dim = self.model.rope.num_chunks, self.model.rope.head_dim
         expected = {
             "ranking": ((*heads, chunks), torch.int16),
-            "score": ((*heads, chunks), torch.float32),
+            "score": ((heads[0], self.model.num_qo_heads, chunks), torch.float32),
             "k_mean": ((*heads, head_dim), torch.float32),
             "k_scale": ((*heads, head_dim), torch.float32),
         }

@@ -10,14 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fasa_sglang.dominant_fcs import METADATA_KEY, DominantFCs, ModelShape
+from fasa_sglang.dominant_fcs import FORMAT, METADATA_KEY, DominantFCs, ModelShape
 from fasa_sglang.errors import CalibrationError, CalibrationMismatchError
 from fasa_sglang.rope import RopeLayout
 
 
 def make(num_layers: int = 3, num_kv_heads: int = 4, head_dim: int = 16) -> DominantFCs:
     generator = torch.Generator().manual_seed(0)
-    score = torch.rand(num_layers, num_kv_heads, head_dim // 2, generator=generator)
+    score = torch.rand(num_layers, 2 * num_kv_heads, head_dim // 2, generator=generator)
+    groups = score.unflatten(1, (num_kv_heads, 2)).mean(dim=2)
     return DominantFCs(
         model=ModelShape(
             architecture="LlamaForCausalLM",
@@ -27,7 +28,7 @@ def make(num_layers: int = 3, num_kv_heads: int = 4, head_dim: int = 16) -> Domi
             rope=RopeLayout(head_dim, head_dim, False, 1e4, {"rope_type": "llama3", "factor": 8.0}),
         ),
         num_fcs=2,
-        ranking=score.argsort(dim=-1, descending=True).to(torch.int16),
+        ranking=groups.argsort(dim=-1, descending=True).to(torch.int16),
         score=score,
         k_mean=torch.rand(num_layers, num_kv_heads, head_dim, generator=generator),
         k_scale=torch.rand(num_layers, num_kv_heads, head_dim, generator=generator),
@@ -65,6 +66,16 @@ def test_dims_are_the_pairs_of_the_best_chunks() -> None:
     assert dims[1, 2].tolist() == [best, best + 8, second, second + 8]
 
 
+def test_head_dims_are_the_pairs_of_each_query_heads_own_best_chunks() -> None:
+    made = make()
+    chosen = made.head_dims(2)
+    assert chosen.shape == (3, 8, 16)
+    best, second = made.score[1, 5].topk(2).indices.tolist()
+    expected = sorted([best, best + 8, second, second + 8])
+    assert chosen[1, 5].nonzero().flatten().tolist() == expected
+    assert ((chosen == 0) | (chosen == 1)).all()
+
+
 @pytest.mark.parametrize("num_fcs", [0, -1, 9])
 def test_dims_refuses_chunks_that_are_not_there(num_fcs: int) -> None:
     with pytest.raises(CalibrationError, match=f"from 1 to the model's 8 .* got {num_fcs}"):
@@ -87,6 +98,8 @@ def test_for_rank_deals_out_heads_as_sglang_does(tp_size: int, expected: list[li
         part = made.for_rank(rank, tp_size)
         assert torch.equal(part.ranking, made.ranking[:, heads])
         assert torch.equal(part.k_scale, made.k_scale[:, heads])
+        queries = torch.arange(8).chunk(tp_size)[rank]
+        assert torch.equal(part.score, made.score[:, queries])
 
 
 def test_for_rank_refuses_an_uneven_deal() -> None:
@@ -146,7 +159,7 @@ def rewrite(path: Path, about: dict[str, object] | None = None, **tensors: torch
     """Save the file again with parts of it replaced."""
     made = DominantFCs.load(path)
     written = {
-        "format": 1,
+        "format": FORMAT,
         "model": made.model.to_dict(),
         "num_fcs": made.num_fcs,
         "provenance": made.provenance,
@@ -157,7 +170,7 @@ def rewrite(path: Path, about: dict[str, object] | None = None, **tensors: torch
 
 def test_load_refuses_another_format(saved: Path) -> None:
     rewrite(saved, {"format": 7})
-    with pytest.raises(CalibrationError, match="format 7, this version reads format 1"):
+    with pytest.raises(CalibrationError, match=f"format 7, this version reads format {FORMAT}"):
         DominantFCs.load(saved)
 
 
@@ -170,7 +183,7 @@ def test_load_refuses_broken_metadata(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"score": torch.zeros(3, 4, 7)}, "score of shape"),
+        ({"score": torch.zeros(3, 4, 8)}, "score of shape"),
         ({"ranking": torch.zeros(3, 4, 8, dtype=torch.int32)}, "ranking of shape"),
         ({"ranking": torch.zeros(3, 4, 8, dtype=torch.int16)}, "does not name every chunk once"),
         ({"k_mean": torch.full((3, 4, 16), torch.nan)}, "not finite"),

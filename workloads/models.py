@@ -74,7 +74,7 @@ def any_chunks(shape: ModelShape, num_fcs: int) -> DominantFCs:
         model=shape,
         num_fcs=num_fcs,
         ranking=torch.arange(chunks, dtype=torch.int16).expand(*heads, chunks),
-        score=torch.zeros(*heads, chunks),
+        score=torch.zeros(shape.num_layers, shape.num_qo_heads, chunks),
         k_mean=keys,
         k_scale=keys + KEY_SPREAD,
     )

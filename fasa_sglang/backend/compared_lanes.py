@@ -77,6 +77,7 @@ class ComparedLanes:
             self.slots,
             self.seq_lens,
             label_scores,
+            labels.head_dims[layer],
             sm_scale=sm_scale,
             combine=combine,
             # Another draw for every layer and step, the same one in a repeated run.

@@ -36,6 +36,8 @@ class LabelCache:
         dims: Head dims of a label, ``[num_layers, num_kv_heads, 2 * num_fcs]``, int32.
         scale: What a unit of each label dim is worth, shape of ``dims``, float32.
         labels: ``[num_layers, num_slots, num_kv_heads, 2 * num_fcs]``.
+        head_dims: 1 at the dims that a query head would read if it had chunks of its own, 0
+            elsewhere, ``[num_layers, num_qo_heads, head_dim]``, float32; for comparison.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class LabelCache:
             dtype=LABEL_DTYPES[label_dtype],
             device=device,
         )
+        self.head_dims = dominant.head_dims(num_fcs)[layers].to(device)
         self._k_buffers = k_buffers
         if device.type == "cuda":
             from fasa_sglang.ops.label_write import KeyPool

@@ -141,6 +141,7 @@ class FasaTorchAttnBackend(FasaBackend, TorchNativeAttnBackend):
             slots,
             seq_lens,
             label_scores,
+            self.label_cache.head_dims[layer.layer_id - self.first_layer],
             sm_scale=layer.scaling,
             combine=self.config.combine,
             # Another draw for every layer and step, the same one in a repeated run.

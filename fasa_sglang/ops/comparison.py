@@ -16,6 +16,7 @@ def selector_scores(
     slots: torch.Tensor,
     seq_lens: torch.Tensor,
     label_scores: Callable[[], torch.Tensor],
+    head_dims: torch.Tensor,
     *,
     sm_scale: float,
     combine: str,
@@ -30,6 +31,7 @@ def selector_scores(
         slots: Position to slot, ``[B, L]``, int.
         seq_lens: Tokens of each request, ``[B]``, int.
         label_scores: FASA's own scores, ``[B, HKV, L]``; called if they are needed.
+        head_dims: What each query head would read by itself, as in ``per_head_importance``.
         sm_scale: Multiplies ``q @ k``.
         combine: How a group's query heads agree.
         seeds: Of the ``random`` selector, one per request.
@@ -47,11 +49,11 @@ def selector_scores(
     if selector == "streaming":
         return reference.streaming_importance(seq_lens, num_kv_heads, longest)
     if selector == "random":
-        draws = [
-            reference.random_importance(seq_lens[b : b + 1], num_kv_heads, longest, seed=seed)
-            for b, seed in enumerate(seeds)
-        ]
-        return torch.cat(draws)
+        return reference.random_importance(seq_lens, num_kv_heads, longest, seeds=seeds)
+    if selector == "per_head":
+        return reference.per_head_importance(
+            q, head_dims, k_cache, slots, seq_lens, sm_scale=sm_scale, combine=combine
+        )
     scores = label_scores()
     return reference.page_importance(scores) if selector == "paged" else scores
 

@@ -143,20 +143,38 @@ def quest_importance(
     Source: Quest, https://arxiv.org/abs/2406.10774, here with one page set per KV head.
     """
     q = _group_heads(q, k_cache.shape[1])
-    batch_size, longest = slots.shape
-    scores = q.new_full((*q.shape[:3], longest), -torch.inf)
-    for b in range(batch_size):
-        keys = k_cache[slots[b, : seq_lens[b]]].float()
-        # The last page is filled up with the last key, which changes neither bound.
-        keys = torch.cat([keys, keys[-1:].expand(-len(keys) % QUEST_PAGE_SIZE, -1, -1)])
-        pages = keys.unflatten(0, (-1, QUEST_PAGE_SIZE))
-        low, high = (bound.transpose(0, 1) for bound in (pages.amin(dim=1), pages.amax(dim=1)))
-        # The larger of q * low and q * high, dim by dim: the sign of q decides.
-        above, below = q[b].clamp(min=0), q[b].clamp(max=0)
-        bounds = (above @ high.transpose(1, 2) + below @ low.transpose(1, 2)) * sm_scale
-        tokens = bounds.repeat_interleave(QUEST_PAGE_SIZE, dim=-1)[..., : seq_lens[b]]
-        scores[b, ..., : seq_lens[b]] = tokens
+    longest = slots.shape[1]
+    # Past its end a request repeats its last key, which changes no bound of a page before that.
+    places = torch.arange(longest + -longest % QUEST_PAGE_SIZE, device=slots.device)
+    places = torch.minimum(places, seq_lens[:, None] - 1)
+    pages = k_cache[slots.long().gather(1, places)].unflatten(1, (-1, QUEST_PAGE_SIZE))
+    # The larger of q * low and q * high, dim by dim: the sign of q decides.
+    above = torch.einsum("bhgd,bphd->bhgp", q.clamp(min=0), pages.amax(dim=2).float())
+    below = torch.einsum("bhgd,bphd->bhgp", q.clamp(max=0), pages.amin(dim=2).float())
+    bounds = (above + below) * sm_scale
+    scores = bounds.repeat_interleave(QUEST_PAGE_SIZE, dim=-1)[..., :longest]
     return combine_group(_mask_past_end(scores, seq_lens), combine)
+
+
+def per_head_importance(
+    q: torch.Tensor,
+    head_dims: torch.Tensor,
+    k_cache: torch.Tensor,
+    slots: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    sm_scale: float,
+    combine: str,
+) -> torch.Tensor:
+    """FASA's scores with dominant chunks of every query head's own, straight from the keys.
+
+    Arguments and result as in ``oracle_importance``, and ``head_dims``, 1 at the head dims that a
+    query head reads and 0 elsewhere, ``[HQ, D]``, float32.
+
+    Source: FASA, https://arxiv.org/abs/2602.03152, whose chunks are those of query heads.
+    """
+    scores = _full_scores(q * head_dims, k_cache, slots, seq_lens, sm_scale)
+    return combine_group(scores, combine)
 
 
 def page_importance(scores: torch.Tensor) -> torch.Tensor:
@@ -185,12 +203,25 @@ def streaming_importance(seq_lens: torch.Tensor, num_kv_heads: int, longest: int
 
 
 def random_importance(
-    seq_lens: torch.Tensor, num_kv_heads: int, longest: int, *, seed: int
+    seq_lens: torch.Tensor, num_kv_heads: int, longest: int, *, seeds: list[int]
 ) -> torch.Tensor:
-    """Chance, the null baseline, the same for a seed. ``[B, HKV, L]`` as ``token_importance``."""
-    generator = torch.Generator().manual_seed(seed)
-    scores = torch.rand(len(seq_lens), num_kv_heads, longest, generator=generator)
-    return _mask_past_end(scores.to(seq_lens.device), seq_lens)
+    """Chance, the null baseline. ``[B, HKV, L]`` as ``token_importance``.
+
+    A request's scores depend on its seed alone, not on the device or on what is served beside it.
+    """
+    device = seq_lens.device
+    rows = _scramble(torch.tensor([seed % 2**32 for seed in seeds], device=device))
+    rows = _scramble(rows[:, None] + torch.arange(num_kv_heads, device=device))
+    scores = _scramble(rows[..., None] + torch.arange(longest, device=device))
+    return _mask_past_end(scores.float(), seq_lens)
+
+
+def _scramble(x: torch.Tensor) -> torch.Tensor:
+    """A random-looking number below 2 ** 32 for each, int64. Source: Wellons' ``lowbias32``."""
+    x = x & 0xFFFFFFFF
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ (x >> 16)
 
 
 def select_tokens(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import torch
 
 from fasa_sglang.backend.compared_lanes import compared_lanes
@@ -27,10 +30,12 @@ def test_each_lane_gets_its_own_rows_of_the_pool() -> None:
     total = sum(lane.seq_len for lane in lanes)
     slots = torch.randperm(total + 1)[:total].int()
     k_cache, q = torch.randn(total + 1, HKV, D), torch.randn(len(lanes), HQ, D)
+    # The oracle needs no labels.
+    labels: Any = SimpleNamespace(head_dims=[None])
     groups = compared_lanes(lanes, slots)
     assert [group.lanes.tolist() for group in groups] == [[1, 4], [3]]
     for group in groups:
-        chosen = group.select(q, k_cache, None, 0, D**-0.5, "nrm")  # type: ignore[arg-type]
+        chosen = group.select(q, k_cache, labels, 0, D**-0.5, "nrm")
         assert chosen.dtype == torch.int32
         for row, i in zip(chosen, group.lanes.tolist(), strict=True):
             begin = sum(lane.seq_len for lane in lanes[:i]) + lanes[i].full_prefix_len

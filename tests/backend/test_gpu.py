@@ -167,7 +167,7 @@ def test_comparison_selectors_share_a_batch_and_equal_dense_where_they_cover(
     settings["selector"] = "any"
     selectors = ["oracle", "streaming", "random", "quest", "paged"]
     covering: list[Any] = [{**COVERED, "selector": name} for name in selectors]
-    covering += [{**COVERED, "selector": "oracle", "prefix": "full"}, None, COVERED]
+    covering += [{**COVERED, "selector": "per_head", "prefix": "full"}, None, COVERED]
     small = [{**asked, "budget": 64} if asked else None for asked in covering]
     with running_engine(random_model, settings, **COMMON) as engine:
         replies = generate(engine, prompts(), covering, NEW_TOKENS, ignore_eos=True)

@@ -61,7 +61,7 @@ CASES: dict[str, tuple[str, dict[str, Any] | None, tuple[str, ...], dict[str, st
         {"calibration": "{own}", "selector": "best"},
         (),
         {},
-        "selector must be one of fasa, oracle, streaming, random, quest, paged, any, got 'best'",
+        "quest, paged, per_head, any, got 'best'",
     ),
     "no-calibration": ("tiny", None, (), {}, "FASA needs a calibration file; run: fasa calibrate"),
     "truncated-calibration": (

@@ -33,28 +33,25 @@ def test_chunk_scores_sum_to_the_logits() -> None:
 def test_rank_statistics_match_their_definitions() -> None:
     q, k = random_qk()
     got = rank_statistics(q, k, DIMS, POSITIONS, TOP_K)
-    for head in range(HKV):
+    for head in range(HQ):
         for chunk in range(D // 2):
             values: dict[str, list[float]] = {name: [] for name in got}
-            for qo_head in (2 * head, 2 * head + 1):
-                for t in POSITIONS.tolist():
-                    keys, query = k[head, : t + 1].double(), q[qo_head, t].double()
-                    part = keys[:, DIMS[chunk]] @ query[DIMS[chunk]]
-                    full = keys @ query
-                    best = set(full.topk(TOP_K).indices.tolist())
-                    own = set(part.topk(TOP_K).indices.tolist())
-                    values["agreement"].append(len(best & own) / TOP_K)
-                    index = sorted(best)
-                    values["separation"].append(
-                        float(
-                            (part[index].mean() - part.mean()) / (full[index].mean() - full.mean())
-                        )
-                    )
-                    centred, spread = part - part.mean(), full - full.mean()
-                    values["covariance"].append(
-                        float((centred * spread).mean() / spread.square().mean())
-                    )
-                    values["deviation"].append(float(part.std() / full.std()))
+            for t in POSITIONS.tolist():
+                keys, query = k[head // 2, : t + 1].double(), q[head, t].double()
+                part = keys[:, DIMS[chunk]] @ query[DIMS[chunk]]
+                full = keys @ query
+                best = set(full.topk(TOP_K).indices.tolist())
+                own = set(part.topk(TOP_K).indices.tolist())
+                values["agreement"].append(len(best & own) / TOP_K)
+                index = sorted(best)
+                values["separation"].append(
+                    float((part[index].mean() - part.mean()) / (full[index].mean() - full.mean()))
+                )
+                centred, spread = part - part.mean(), full - full.mean()
+                values["covariance"].append(
+                    float((centred * spread).mean() / spread.square().mean())
+                )
+                values["deviation"].append(float(part.std() / full.std()))
             for name, parts in values.items():
                 expected = sum(parts) / len(parts)
                 assert abs(got[name][head, chunk].item() - expected) < 1e-4, name
@@ -64,7 +61,7 @@ def test_shares_of_all_chunks_sum_to_one() -> None:
     q, k = random_qk()
     got = rank_statistics(q, k, DIMS, POSITIONS, TOP_K)
     for name in ("separation", "covariance"):
-        torch.testing.assert_close(got[name].sum(dim=-1), torch.ones(HKV), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(got[name].sum(dim=-1), torch.ones(HQ), rtol=1e-4, atol=1e-4)
 
 
 def test_selection_by_all_chunks_is_the_true_top_k() -> None:

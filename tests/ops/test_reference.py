@@ -332,6 +332,30 @@ def test_quest_bounds_every_token_and_ties_within_pages() -> None:
         assert (scores[b, :, seq_len:] == -torch.inf).all()
 
 
+def test_per_head_scores_read_each_heads_own_dims() -> None:
+    batch = make_batch((50, 16), 2, 3, 16)
+    head_dims = (torch.arange(6 * 16).view(6, 16) % 5 < 2).float()
+    scores = reference.per_head_importance(
+        batch.q,
+        head_dims,
+        batch.k_cache,
+        batch.slots,
+        batch.seq_lens,
+        sm_scale=batch.sm_scale,
+        combine="mean",
+    )
+    for b, seq_len in enumerate((50, 16)):
+        for head in range(2):
+            keys = batch.k_cache[batch.slots[b, :seq_len].long(), head]
+            logits = [
+                keys[:, head_dims[h].bool()] @ batch.q[b, h, head_dims[h].bool()]
+                for h in range(3 * head, 3 * head + 3)
+            ]
+            expected = torch.stack(logits).mean(dim=0) * batch.sm_scale
+            torch.testing.assert_close(scores[b, head, :seq_len], expected, rtol=1e-4, atol=1e-5)
+        assert (scores[b, :, seq_len:] == -torch.inf).all()
+
+
 def test_streaming_keeps_sink_and_the_newest() -> None:
     seq_lens = torch.tensor([30, 12])
     scores = reference.streaming_importance(seq_lens, 2, 30)
@@ -340,11 +364,15 @@ def test_streaming_keeps_sink_and_the_newest() -> None:
     assert positions[1, 0].tolist() == [0, 1, 8, 9, 10, 11]
 
 
-def test_random_repeats_with_its_seed_only() -> None:
-    seq_lens = torch.tensor([100])
-    first, again, other = (
-        reference.random_importance(seq_lens, 2, 100, seed=seed) for seed in (1, 1, 2)
-    )
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-    assert not torch.equal(first[0, 0], first[0, 1])
+def test_random_depends_on_its_seed_only() -> None:
+    alone = reference.random_importance(torch.tensor([4000]), 2, 4000, seeds=[-7])[0]
+    seq_lens = torch.tensor([90, 4000, 4000])
+    other, beside, third = reference.random_importance(seq_lens, 2, 4100, seeds=[1, -7, 2])
+    assert torch.equal(beside[:, :4000], alone)
+    assert (beside[:, 4000:] == -torch.inf).all() and (other[:, 90:] == -torch.inf).all()
+    # Requests, KV heads and neighbours have nothing to do with each other.
+    rows = torch.stack([alone[0], alone[1], third[0, :4000], alone[0].roll(1)])
+    assert (torch.corrcoef(rows) - torch.eye(4)).abs().max() < 0.06
+    # And no part of a request is preferred.
+    kept = alone.topk(1000).indices.float()
+    assert ((kept.mean(dim=-1) / 2000 - 1).abs() < 0.06).all()
