@@ -38,6 +38,7 @@ from fasa_sglang.workloads.client import server_info
 from fasa_sglang.workloads.models import load_config, load_tokenizer
 from fasa_sglang.workloads.packaged_models import MODEL_HELP, find_model
 from fasa_sglang.workloads.plots import plot_budgets, plot_depths
+from fasa_sglang.workloads.pooled import pool, pool_tables
 from fasa_sglang.workloads.results import (
     SUMMARY,
     Results,
@@ -51,7 +52,7 @@ from fasa_sglang.workloads.settings import Setting, needs_choosing, parse_settin
 from fasa_sglang.workloads.tasks import find_task
 from fasa_sglang.workloads.tasks.base import Options, Session, Task
 
-COMPARE = "compare"
+COMPARE, POOL = "compare", "pool"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="TASK",
         help="perplexity, agreement, needle, write-once, agent, or a task of sgl-eval or lm-eval; "
-        "or: compare FOLDER FOLDER",
+        "or: compare FOLDER FOLDER; or: pool FOLDER...",
     )
     parser.add_argument("--model", default="smollm2", help=MODEL_HELP)
     parser.add_argument("--base-url", metavar="URL", help="of a server that runs, with FASA")
@@ -81,6 +82,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--request", type=_object, default={}, metavar="JSON", help="request keys")
     parser.add_argument("--concurrency", type=int, help="requests at once; default: 16, on a CPU 1")
     parser.add_argument("--out", metavar="FOLDER", default="results", help="results go below it")
+    parser.add_argument(
+        "--min-dense", type=float, default=0.0, help="pool only tasks of which dense gets as much"
+    )
     parser.add_argument("--flags", default="", help="further flags of SGLang, in one string")
 
 
@@ -113,6 +117,9 @@ def run(args: argparse.Namespace) -> None:
     console = Console(width=160)
     if args.tasks[0] == COMPARE:
         _compare(args.tasks[1:], console)
+        return
+    if args.tasks[0] == POOL:
+        _pool(args.tasks[1:], args, console)
         return
     settings = parse_settings(args.selectors, args.budgets)
     tasks = [find_task(name) for name in args.tasks]
@@ -274,6 +281,21 @@ def _draw_depths(job: Job, setting: str) -> None:
     means = {cell: sum(values) / len(values) for cell, values in found.items()}
     path = job.results.folder / f"depths-{setting}.png"
     plot_depths(means, metric, setting, str(path))
+
+
+def _pool(folders: list[str], args: argparse.Namespace, console: Console) -> None:
+    if len(folders) < 2:
+        raise FasaError(f"pool takes two or more results folders, got {len(folders)}")
+    pooled = pool([Path(folder) for folder in folders], args.min_dense)
+    for table in pool_tables(pooled):
+        console.print(table)
+    for task, mean in pooled.left_out.items():
+        console.print(f"{task} is left out: dense gets {mean:.3f}")
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    plot_budgets(pooled.entries, pooled.metric, str(out / f"{pooled.metric}.png"))
+    report = {"pooled": folders, "left_out": pooled.left_out, "settings": pooled.entries}
+    (out / SUMMARY).write_text(json.dumps(report, indent=2) + "\n")
 
 
 def _compare(folders: list[str], console: Console) -> None:

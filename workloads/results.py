@@ -224,15 +224,10 @@ def compare(one: Path, other: Path) -> tuple[dict[str, Any], list[dict[str, Any]
     Raises:
         FasaError: They are of different tasks, models or samples.
     """
-    conditions = [_read_json(folder / CONDITIONS) for folder in (one, other)]
+    conditions = [read_conditions(folder) for folder in (one, other)]
     free = ("server", "request", "calibration", "settings")
     fixed = [{k: v for k, v in held.items() if k not in free} for held in conditions]
-    differing = sorted(k for k in {*fixed[0], *fixed[1]} if fixed[0].get(k) != fixed[1].get(k))
-    if differing:
-        raise FasaError(
-            f"{one} and {other} were not made under the same conditions "
-            f"({_differences(differing, *fixed)}); only rows of equal ones can be compared"
-        )
+    require_equal(one, other, *fixed)
     rows = [
         {(row.setting, row.sample): row for row in read_rows(folder)} for folder in (one, other)
     ]
@@ -262,6 +257,31 @@ def compare(one: Path, other: Path) -> tuple[dict[str, Any], list[dict[str, Any]
         if conditions[0].get(key) != conditions[1].get(key)
     }
     return changed, entries
+
+
+def read_conditions(folder: Path) -> dict[str, Any]:
+    """The conditions of a results folder.
+
+    Raises:
+        FasaError: It holds none.
+    """
+    return _read_json(folder / CONDITIONS)
+
+
+def require_equal(
+    one: Path, other: Path, mine: Mapping[str, Any], theirs: Mapping[str, Any]
+) -> None:
+    """Refuse to relate rows that were made under other conditions.
+
+    Raises:
+        FasaError: ``mine``, of the folder ``one``, differs from ``theirs``, of ``other``.
+    """
+    differing = sorted(k for k in {*mine, *theirs} if mine.get(k) != theirs.get(k))
+    if differing:
+        raise FasaError(
+            f"{one} and {other} were not made under the same conditions "
+            f"({_differences(differing, mine, theirs)}); only rows of equal ones can be compared"
+        )
 
 
 def _differences(keys: Sequence[str], one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
