@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> None:
             (f"batch {row.batch_size}, {row.labels}, {row.combine}", row.seq_len, row.speedup)
             for row in rows
         ]
-        plot_speedup(points, "decode attention, times FlashInfer dense", args.plot)
+        plot_speedup(points, "decode attention, times faster than FlashInfer dense", args.plot)
 
 
 def replay_us(work: Callable[[], object], copies: int) -> float:

@@ -139,7 +139,7 @@ def run(args: argparse.Namespace) -> None:
             for row in sorted(rows, key=_case)
             if row.fasa
         ]
-        plot_speedup(points, "time per token, times SGLang's own backend", args.plot)
+        plot_speedup(points, "time per token, times faster than SGLang's own backend", args.plot)
 
 
 def device_name() -> str:

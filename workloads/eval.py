@@ -33,6 +33,7 @@ from rich.table import Table
 from fasa_sglang import __version__
 from fasa_sglang.calibration import corpus
 from fasa_sglang.calibration_cache import model_fingerprint
+from fasa_sglang.config import SELECTORS
 from fasa_sglang.errors import FasaError
 from fasa_sglang.workloads.client import server_info
 from fasa_sglang.workloads.models import load_config, load_tokenizer
@@ -66,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", default="smollm2", help=MODEL_HELP)
     parser.add_argument("--base-url", metavar="URL", help="of a server that runs, with FASA")
-    parser.add_argument("--selectors", default="fasa", help="of fasa,oracle,streaming,random,quest")
+    parser.add_argument("--selectors", default="fasa", help=f"of {','.join(SELECTORS)}")
     parser.add_argument("--budgets", default="128,256,512,1024,2048", help="tokens per KV head")
     parser.add_argument("--limit", type=int, default=100, help="most samples or problems of a task")
     parser.add_argument("--samples", type=int, default=1, help="replies per problem of sgl-eval's")

@@ -1,0 +1,132 @@
+#!/usr/bin/env bash
+# What docs/results.md shows, part by part, on one GPU: bash scripts/results.sh PART...
+# Parts: ruler-8192, ruler-16384, text, aime, ablations, pruning. Rows go below results/; a rerun
+# goes on where an earlier one stopped. Needs `pip install "fasa-sglang[serve,eval]"`.
+set -euo pipefail
+MODEL=qwen-coder
+ALL=fasa,oracle,quest,streaming,random
+# Several servers share the GPU, and what is compared has no graphs.
+POOL="--max-total-tokens 1800000"
+EAGER="--cuda-graph-backend-decode disabled --cuda-graph-backend-prefill disabled"
+
+serve() { # NAME PORT SETTINGS [FLAG...]: a server in the background, until this shell ends
+  local folder
+  folder="$(python3 -c "from fasa_sglang.workloads.packaged_models import find_model; print(find_model('$MODEL'))")"
+  fasa serve "$folder" --port "$2" --settings "$3" --enable-custom-logit-processor \
+    --sampling-backend pytorch --grammar-backend none --log-level error $POOL "${@:4}" \
+    > "results/server-$1.log" 2>&1 &
+  SERVER=$!
+  trap 'kill $SERVER 2> /dev/null || true' EXIT
+  until curl -s -o /dev/null "http://127.0.0.1:$2/health"; do
+    kill -0 $SERVER || exit 1
+    sleep 1
+  done
+}
+
+evaluate() { # PORT FLAG...
+  fasa eval "${@:2}" --model "$MODEL" --base-url "http://127.0.0.1:$1" --concurrency 100
+}
+
+ruler() { # LENGTH PORT TASK...: dense on all tasks, all selectors on those given, two at a time
+  local length=$1 port=$2 out=results/ruler-$1 half=$((($# - 1) / 2)) first
+  shift 2
+  serve "ruler-$length" "$port" '{"min_seq_len": 0, "max_budget": 4096, "selector": "any"}' $EAGER
+  evaluate "$port" niah_single_1 niah_multikey_2 niah_multikey_3 ruler_vt ruler_cwe ruler_fwe \
+    ruler_noise_multikey ruler_noise_multivalue ruler_noise_multiquery \
+    --length "$length" --selectors dense --out "$out"
+  for budgets in 512,2048 256; do
+    evaluate "$port" "${@:1:$half}" --length "$length" --selectors $ALL --budgets $budgets \
+      --out "$out" &
+    first=$!
+    evaluate "$port" "${@:$((half + 1))}" --length "$length" --selectors $ALL --budgets $budgets \
+      --out "$out"
+    wait $first
+  done
+  fasa eval pool "$out"/niah* "$out"/ruler* --min-dense 0.5 --out "docs/ruler-$length"
+}
+
+text() {
+  serve text 31002 '{"min_seq_len": 0, "max_budget": 4096, "selector": "any"}' $EAGER
+  evaluate 31002 perplexity --length 8192 --max-tokens 64 --limit 64 --selectors $ALL \
+    --out results/text
+  evaluate 31002 write-once --length 4096 --limit 100 --selectors $ALL --budgets 512 \
+    --out results/text
+}
+
+aime() {
+  fasa eval aime24 --model $MODEL --samples 2 --max-tokens 2048 --budgets 256,512 \
+    --concurrency 60 --out results/aime --flags "$POOL"
+}
+
+ablate() { # NAME SETTINGS [FLAG...]
+  fasa eval perplexity --model $MODEL --length 8192 --max-tokens 64 --limit 64 --concurrency 64 \
+    --budgets 256,512,2048 --settings "$2" --out "results/ablations/$1" "${@:3}" \
+    --flags "--max-total-tokens 600000 $EAGER"
+}
+
+ablations() { # CALIBRATIONS: a folder of files of `fasa calibrate` with the flags of their names
+  ablate default '{}' &
+  ablate bf16 '{"label_dtype": "bf16"}' &
+  ablate nrm '{"combine": "nrm"}' &
+  ablate quarter '{"num_fcs": 8}' &
+  ablate quarter-nrm '{"num_fcs": 8, "combine": "nrm"}' &
+  wait_for_all
+  ablate dense-0 '{"num_dense_layers": 0}' &
+  ablate dense-2 '{"num_dense_layers": 2}' &
+  ablate no-sink '{"sink": 0}' &
+  ablate no-recent '{"recent": 0}' &
+  ablate selectors '{}' --selectors fasa,per_head,paged &
+  wait_for_all
+  for name in agreement covariance deviation short prose adjacent; do
+    ablate "$name" '{}' --calibration "$1/$name.safetensors" &
+  done
+  wait_for_all
+}
+
+pruning() {
+  local rule task port=31010
+  for rule in fasa random oldest; do
+    prune $rule $port &
+    port=$((port + 1))
+  done
+  wait_for_all
+  for task in agreement write-once; do
+    for rule in random oldest; do
+      fasa eval compare results/pruning-$rule/$task* results/pruning-fasa/$task*
+    done
+  done
+}
+
+prune() { # RULE PORT
+  local settings="{\"min_seq_len\": 0, \"prune_rule\": \"$1\", \"prune_interval\": 32}"
+  local request='{"prune": "generated", "prune_budget": 512}'
+  serve "pruning-$1" "$2" "$settings"
+  evaluate "$2" agreement --length 1024 --max-tokens 1536 --limit 64 --budgets 512 \
+    --settings "$settings" --request "$request" --out "results/pruning-$1"
+  evaluate "$2" write-once --length 4096 --limit 100 --budgets 512 \
+    --settings "$settings" --request "$request" --out "results/pruning-$1"
+}
+
+wait_for_all() {
+  local job
+  for job in $(jobs -p); do wait "$job"; done
+}
+
+mkdir -p results
+for part in "$@"; do
+  # In a shell of its own, whose end is that of its servers.
+  case $part in
+    ruler-8192) (ruler 8192 31000 niah_multikey_2 niah_multikey_3 niah_single_1 ruler_cwe \
+      ruler_fwe ruler_noise_multikey ruler_noise_multiquery ruler_noise_multivalue) ;;
+    ruler-16384) (ruler 16384 31001 niah_multikey_2 niah_single_1 ruler_fwe \
+      ruler_noise_multikey ruler_noise_multiquery ruler_noise_multivalue) ;;
+    text) (text) ;;
+    aime) aime ;;
+    ablations) (ablations "${CALIBRATIONS:-.}") ;;
+    pruning) (pruning) ;;
+    *)
+      echo "results.sh: no part $part" >&2
+      exit 1
+      ;;
+  esac
+done
