@@ -112,8 +112,9 @@ def calibrate(
     scales: list[torch.Tensor] = []
 
     def rank(layer: int, q: torch.Tensor, k: torch.Tensor, sm_scale: float) -> None:
-        statistics = rank_statistics(q, k, chunk_dims, positions, settings.top_k)
-        values.append(statistics[settings.ranker])
+        ranker = settings.ranker
+        statistics = rank_statistics(q, k, chunk_dims, positions, settings.top_k, [ranker])
+        values.append(statistics[ranker])
         mean = k.float().mean(dim=1)
         means.append(mean.cpu())
         scales.append((k.float() - mean[:, None]).abs().amax(dim=1).cpu())

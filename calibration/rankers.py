@@ -6,7 +6,7 @@ head_dim, ``P`` sampled queries.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -44,8 +44,9 @@ def rank_statistics(
     chunk_dims: torch.Tensor,
     positions: torch.Tensor,
     top_k: int,
+    rankers: Sequence[str] = RANKERS,
 ) -> dict[str, torch.Tensor]:
-    """All four rankers' value of every chunk for every query head, averaged over queries.
+    """Each ranker's value of every chunk for every query head, averaged over queries.
 
     ``separation``: share of [mean logit of the true top-K] - [mean logit of all tokens].
     ``agreement``: overlap of the chunk's own top-K with the head's, the paper's contextual
@@ -56,32 +57,53 @@ def rank_statistics(
     Args:
         q, k, chunk_dims, positions: As in ``chunk_scores``.
         top_k: Tokens a query attends to; every position must see more.
+        rankers: Which of ``RANKERS``.
 
     Returns:
         Ranker to ``[HQ, C]``, float32; larger is better.
     """
     shape = (k.shape[0], q.shape[0] // k.shape[0], len(chunk_dims))
-    totals = {name: torch.zeros(shape, device=k.device) for name in RANKERS}
+    totals = {name: torch.zeros(shape, device=k.device) for name in rankers}
     for head, scores in chunk_scores(q, k, chunk_dims, positions):
-        full = scores.sum(dim=1)
-        best = full.topk(top_k, dim=-1).indices
-        in_best = torch.zeros_like(full, dtype=torch.bool).scatter_(-1, best, True)
-        own_best = scores.topk(top_k, dim=-1).indices
-        hits = in_best[:, None].expand_as(scores).gather(-1, own_best)
-        at_best = scores.gather(-1, best[:, None].expand(-1, scores.shape[1], -1))
-        separation = at_best.mean(dim=-1) - scores.mean(dim=-1)
-        centred = scores - scores.mean(dim=-1, keepdim=True)
-        full_centred = full - full.mean(dim=-1, keepdim=True)
-        variance = full_centred.square().mean(dim=-1)[:, None]
-        values = {
-            "separation": separation / separation.sum(dim=-1, keepdim=True),
-            "agreement": hits.float().mean(dim=-1),
-            "covariance": (centred * full_centred[:, None]).mean(dim=-1) / variance,
-            "deviation": (centred.square().mean(dim=-1) / variance).sqrt(),
-        }
-        for name, value in values.items():
-            totals[name][head] += value
+        for name, total in totals.items():
+            total[head] += _MEASURES[name](scores, top_k)
     return {name: (total / len(positions)).flatten(0, 1).cpu() for name, total in totals.items()}
+
+
+def _separation(scores: torch.Tensor, top_k: int) -> torch.Tensor:
+    """``[G, C]`` of one query's ``[G, C, T]``, as the other measures."""
+    best = scores.sum(dim=1, keepdim=True).topk(top_k, dim=-1).indices
+    at_best = scores.gather(-1, best.expand(-1, scores.shape[1], -1))
+    separation = at_best.mean(dim=-1) - scores.mean(dim=-1)
+    return separation / separation.sum(dim=-1, keepdim=True)
+
+
+def _agreement(scores: torch.Tensor, top_k: int) -> torch.Tensor:
+    full = scores.sum(dim=1, keepdim=True)
+    best = full.topk(top_k, dim=-1).indices
+    in_best = torch.zeros_like(full).scatter_(-1, best, 1.0)
+    own_best = scores.topk(top_k, dim=-1).indices
+    return in_best.expand_as(scores).gather(-1, own_best).mean(dim=-1)
+
+
+def _covariance(scores: torch.Tensor, top_k: int) -> torch.Tensor:
+    centred = scores - scores.mean(dim=-1, keepdim=True)
+    full = centred.sum(dim=1, keepdim=True)
+    return (centred * full).mean(dim=-1) / full.square().mean(dim=-1)
+
+
+def _deviation(scores: torch.Tensor, top_k: int) -> torch.Tensor:
+    centred = scores - scores.mean(dim=-1, keepdim=True)
+    full = centred.sum(dim=1, keepdim=True)
+    return (centred.square().mean(dim=-1) / full.square().mean(dim=-1)).sqrt()
+
+
+_MEASURES: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
+    "separation": _separation,
+    "agreement": _agreement,
+    "covariance": _covariance,
+    "deviation": _deviation,
+}
 
 
 def selection_quality(
