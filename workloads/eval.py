@@ -290,8 +290,8 @@ def _pool(folders: list[str], args: argparse.Namespace, console: Console) -> Non
     pooled = pool([Path(folder) for folder in folders], args.min_dense)
     for table in pool_tables(pooled):
         console.print(table)
-    for task, mean in pooled.left_out.items():
-        console.print(f"{task} is left out: dense gets {mean:.3f}")
+    for task, reason in pooled.left_out.items():
+        console.print(f"{task} is left out: {reason}")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     plot_budgets(pooled.entries, pooled.metric, str(out / f"{pooled.metric}.png"))

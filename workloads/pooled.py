@@ -35,23 +35,26 @@ class Pool:
     Args:
         metric: Of all of them.
         tasks: Mean of every setting, task by task.
-        left_out: Tasks that the dense model cannot do, with its mean.
+        left_out: Tasks that say nothing about selection, and why.
         entries: As ``results.summarise`` makes them, of all samples together, and of each the
             share of dense that is kept, ``kept`` and ``kept_interval``.
     """
 
     metric: str
     tasks: dict[str, dict[str, float]]
-    left_out: dict[str, float]
+    left_out: dict[str, str]
     entries: list[dict[str, Any]]
 
 
 def pool(folders: Sequence[Path], min_dense: float) -> Pool:
     """Put the samples of several tasks together, in the settings that all of them have.
 
+    Tasks that were decoded densely only are left out.
+
     Args:
         folders: Results of one task each.
-        min_dense: Tasks of which the dense model gets less are left out: nothing can be lost there.
+        min_dense: Tasks of which the dense model gets less are left out, too: nothing can be lost
+            there.
 
     Raises:
         FasaError: They were not made alike, have no metric or setting in common, or no task is
@@ -70,11 +73,12 @@ def pool(folders: Sequence[Path], min_dense: float) -> Pool:
         raise FasaError(f"{', '.join(rows)} have no metric in common")
     metric = shared[0]
     means = {task: _means(of_task, metric) for task, of_task in rows.items()}
-    dense = {task: of_task.get(DENSE, 0.0) for task, of_task in means.items()}
-    left_out = {task: mean for task, mean in dense.items() if mean < min_dense}
+    reasons = {task: _why_not(of_task, min_dense) for task, of_task in means.items()}
+    left_out = {task: reason for task, reason in reasons.items() if reason}
     tasks = {task: of_task for task, of_task in means.items() if task not in left_out}
     if not tasks:
-        raise FasaError(f"the dense model gets {min_dense} in none of {', '.join(rows)}")
+        what = "; ".join(f"{task}: {reason}" for task, reason in left_out.items())
+        raise FasaError(f"no task is left to pool ({what})")
     settings = set.intersection(*(set(of_task) for of_task in tasks.values()))
     together = [
         replace(row, sample=f"{task}/{row.sample}")
@@ -88,6 +92,13 @@ def pool(folders: Sequence[Path], min_dense: float) -> Pool:
         mine = [row for row in together if row.setting == entry["setting"]]
         entry |= _kept(mine, densely, metric)
     return Pool(metric, tasks, left_out, entries)
+
+
+def _why_not(means: Mapping[str, float], min_dense: float) -> str | None:
+    """Why a task is left out; None if it is not."""
+    if means.get(DENSE, 0.0) < min_dense:
+        return f"dense gets {means.get(DENSE, 0.0):.3f}"
+    return None if means.keys() - {DENSE} else "decoded densely only"
 
 
 def _means(rows: Sequence[Row], metric: str) -> dict[str, float]:

@@ -36,13 +36,14 @@ def test_samples_of_all_tasks_count_alike(tmp_path: Path) -> None:
     assert pooled.tasks["one"] == {"dense": 1, "fasa-64": pytest.approx(2 / 3), "quest-64": 0}
 
 
-def test_tasks_that_dense_cannot_do_are_left_out_and_named(tmp_path: Path) -> None:
+def test_tasks_that_tell_nothing_are_left_out_and_named(tmp_path: Path) -> None:
     good = filled(tmp_path / "good", {"dense": [1, 1], "fasa-64": [1, 0]})
     bad = filled(tmp_path / "bad", {"dense": [0, 0, 1], "fasa-64": [0, 0, 0]})
-    pooled = pool([good, bad], 0.5)
-    assert pooled.left_out == {"bad": pytest.approx(1 / 3)}
+    begun = filled(tmp_path / "begun", {"dense": [1, 1]})
+    pooled = pool([good, bad, begun], 0.5)
+    assert pooled.left_out == {"bad": "dense gets 0.333", "begun": "decoded densely only"}
     assert pooled.entries[1]["kept"] == pytest.approx(0.5)
-    with pytest.raises(FasaError, match=r"gets 0.9 in none of bad"):
+    with pytest.raises(FasaError, match=r"no task is left to pool \(bad: dense gets 0.333\)"):
         pool([bad], 0.9)
 
 
