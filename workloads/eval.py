@@ -214,9 +214,8 @@ def _decode(
                     asked,
                     lambda: progress.advance(bar),
                 )
-                for setting in settings:
-                    progress.update(bar, description=f"{job.task.name} {setting.name}")
-                    job.task.evaluate(setting, session)
+                progress.update(bar, description=job.task.name)
+                job.task.evaluate(settings, session)
 
 
 def _asked(seed: int, more: dict[str, Any], choosing: bool, setting: Setting) -> Any:

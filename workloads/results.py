@@ -38,7 +38,8 @@ class Row:
         prompt_tokens: Of the request.
         completion_tokens: Of the reply.
         kv_read_ratio: Share of the KV rows that were read; None where the server did not say.
-        seconds: From request to reply, with all others that ran beside it.
+        seconds: From request to reply, beside others of the same setting; 0 where settings shared
+            batches.
         text: The reply, cut.
     """
 
@@ -162,8 +163,7 @@ def summarise(rows: Sequence[Row], metrics: Sequence[str]) -> list[dict[str, Any
             "setting": setting,
             "samples": len(mine),
             "kv_read_ratio": float(np.mean(ratios)) if ratios else None,
-            "tokens_per_s": sum(row.completion_tokens for row in mine)
-            / max(sum(row.seconds for row in mine), 1e-9),
+            "tokens_per_s": _speed(mine),
         }
         for metric in metrics:
             held = [row for row in mine if metric in row.metrics]
@@ -181,6 +181,12 @@ def summarise(rows: Sequence[Row], metrics: Sequence[str]) -> list[dict[str, Any
                 entry[f"{metric}_difference_interval"] = interval(paired)
         entries.append(entry)
     return entries
+
+
+def _speed(rows: Sequence[Row]) -> float | None:
+    """Tokens per second and request; None where nobody timed them."""
+    seconds = sum(row.seconds for row in rows)
+    return sum(row.completion_tokens for row in rows) / seconds if seconds else None
 
 
 def setting_order(name: str) -> tuple[bool, str, int]:
@@ -203,7 +209,8 @@ def summary_table(
     for entry in entries:
         cells = [entry["setting"], str(entry["samples"])]
         cells.append("" if entry["kv_read_ratio"] is None else f"{entry['kv_read_ratio']:.3f}")
-        cells.append(f"{entry['tokens_per_s']:.1f}")
+        speed = entry["tokens_per_s"]
+        cells.append("" if speed is None else f"{speed:.1f}")
         for metric in metrics:
             cells.append(f"{entry[metric]:.4f}" if metric in entry else "")
             low, high = entry.get(f"{metric}_difference_interval", (0, 0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from fasa_sglang.workloads.agent import drive
@@ -30,8 +31,12 @@ class AgentLoop(Task):
         self.branches, self.prefix_tokens = options.limit, options.length
         return self.branches
 
-    def evaluate(self, setting: Setting, session: Session) -> None:
+    def evaluate(self, settings: Sequence[Setting], session: Session) -> None:
         """See ``Task``."""
+        for setting in settings:
+            self._evaluate(setting, session)
+
+    def _evaluate(self, setting: Setting, session: Session) -> None:
         names = [f"branch-{i}" for i in range(self.branches)]
         missing = [name for name in names if session.results.find(name, setting.name) is None]
         if not missing:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -122,8 +121,8 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def evaluate(self, setting: Setting, session: Session) -> None:
-        """Decode and judge all samples whose rows are missing.
+    def evaluate(self, settings: Sequence[Setting], session: Session) -> None:
+        """Decode and judge all samples in all settings, where their rows are missing.
 
         Raises:
             FasaError: The server refused or ended.
@@ -131,7 +130,11 @@ class Task(ABC):
 
 
 class OwnTask(Task):
-    """A task whose samples are asked for one by one over SGLang's native API."""
+    """A task whose samples are asked for one by one over SGLang's native API.
+
+    All settings of a sample follow each other, so that its prompt is computed once even where the
+    prefix cache does not hold all of them. They share batches: how long one took says nothing.
+    """
 
     @abstractmethod
     def samples(self, tokenizer: Any, options: Options) -> list[Sample]:
@@ -148,23 +151,26 @@ class OwnTask(Task):
         self.prepared = self.samples(tokenizer, options)
         return len(self.prepared)
 
-    def evaluate(self, setting: Setting, session: Session) -> None:
+    def evaluate(self, settings: Sequence[Setting], session: Session) -> None:
         """See ``Task``."""
+        there = {(row.sample, row.setting) for row in session.results.rows}
         missing = [
-            sample
+            (sample, [setting for setting in settings if (sample.name, setting.name) not in there])
             for sample in self.prepared
-            if session.results.find(sample.name, setting.name) is None
         ]
-        require_room(missing, session.context_len)
-        asyncio.run(self._evaluate(missing, setting, session))
+        missing = [(sample, wanted) for sample, wanted in missing if wanted]
+        require_room([sample for sample, _ in missing], session.context_len)
+        # Enough to fill the server while some are at their first setting.
+        at_once = max(1, 2 * session.concurrency // len(settings))
+        asyncio.run(self._evaluate(missing, at_once, session))
 
     async def _evaluate(
-        self, samples: Sequence[Sample], setting: Setting, session: Session
+        self, missing: Sequence[tuple[Sample, list[Setting]]], at_once: int, session: Session
     ) -> None:
+        begun = asyncio.Semaphore(at_once)
         async with Client(session.url, session.concurrency) as client:
 
-            async def one(sample: Sample) -> None:
-                start = time.perf_counter()
+            async def one(sample: Sample, setting: Setting) -> None:
                 metrics, reply = await self.measure(sample, setting, session, client)
                 meta = reply["meta_info"]
                 report = meta.get("fasa") or {}
@@ -177,19 +183,30 @@ class OwnTask(Task):
                         meta["prompt_tokens"],
                         meta["completion_tokens"],
                         report.get("kv_read_ratio"),
-                        time.perf_counter() - start,
-                        reply.get("text", "")[:TEXT_KEPT],
+                        text=reply.get("text", "")[:TEXT_KEPT],
                     )
                 )
                 session.advance()
 
+            async def all_of(sample: Sample, wanted: list[Setting]) -> None:
+                async with begun:
+                    # Alone: it fills the prefix cache for the others, and where they are
+                    # compared with a dense run, it makes that.
+                    await one(sample, wanted[0])
+                    async with asyncio.TaskGroup() as group:
+                        for setting in wanted[1:]:
+                            group.create_task(one(sample, setting))
+
             # The first failure ends the run; what came back before is kept.
             try:
                 async with asyncio.TaskGroup() as group:
-                    for sample in samples:
-                        group.create_task(one(sample))
+                    for sample, wanted in missing:
+                        group.create_task(all_of(sample, wanted))
             except BaseExceptionGroup as failed:
-                raise failed.exceptions[0] from None
+                first: BaseException = failed
+                while isinstance(first, BaseExceptionGroup):
+                    first = first.exceptions[0]
+                raise first from None
 
 
 def require_room(samples: Sequence[Sample], context_len: int) -> None:

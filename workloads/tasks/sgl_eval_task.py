@@ -11,6 +11,7 @@ import io
 import json
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from fasa_sglang.errors import FasaError
@@ -55,8 +56,12 @@ class SglEvalTask(Task):
             ) from error
         return counter.asked
 
-    def evaluate(self, setting: Setting, session: Session) -> None:
+    def evaluate(self, settings: Sequence[Setting], session: Session) -> None:
         """See ``Task``."""
+        for setting in settings:
+            self._evaluate(setting, session)
+
+    def _evaluate(self, setting: Setting, session: Session) -> None:
         sampler = _Sampler(setting, session)
 
         def keep(example: Any, repeat: int, sample: Any, score: float, extracted: Any) -> None:
