@@ -6,7 +6,7 @@ set -euo pipefail
 MODEL=qwen-coder
 ALL=fasa,oracle,quest,streaming,random
 # Several servers share the GPU, and what is compared has no graphs.
-POOL="--max-total-tokens 1800000"
+POOL="--max-total-tokens 1000000"
 EAGER="--cuda-graph-backend-decode disabled --cuda-graph-backend-prefill disabled"
 
 serve() { # NAME PORT SETTINGS [FLAG...]: a server in the background, until this shell ends
@@ -24,24 +24,15 @@ serve() { # NAME PORT SETTINGS [FLAG...]: a server in the background, until this
 }
 
 evaluate() { # PORT FLAG...
-  fasa eval "${@:2}" --model "$MODEL" --base-url "http://127.0.0.1:$1" --concurrency 100
+  fasa eval "${@:2}" --model "$MODEL" --base-url "http://127.0.0.1:$1" --concurrency 300
 }
 
-ruler() { # LENGTH PORT TASK...: dense on all tasks, all selectors on those given, two at a time
-  local length=$1 port=$2 out=results/ruler-$1 half=$((($# - 1) / 2)) first
-  shift 2
+ruler() { # LENGTH PORT TASKS TASK...: first those of which dense gets less than half, dense only
+  local length=$1 port=$2 hard=$3 out=results/ruler-$1
+  shift 3
   serve "ruler-$length" "$port" '{"min_seq_len": 0, "max_budget": 4096, "selector": "any"}' $EAGER
-  evaluate "$port" niah_single_1 niah_multikey_2 niah_multikey_3 ruler_vt ruler_cwe ruler_fwe \
-    ruler_noise_multikey ruler_noise_multivalue ruler_noise_multiquery \
-    --length "$length" --selectors dense --out "$out"
-  for budgets in 512,2048 256; do
-    evaluate "$port" "${@:1:$half}" --length "$length" --selectors $ALL --budgets $budgets \
-      --out "$out" &
-    first=$!
-    evaluate "$port" "${@:$((half + 1))}" --length "$length" --selectors $ALL --budgets $budgets \
-      --out "$out"
-    wait $first
-  done
+  evaluate "$port" $hard --length "$length" --selectors dense --out "$out"
+  evaluate "$port" "$@" --length "$length" --selectors $ALL --budgets 256,512,2048 --out "$out"
   fasa eval pool "$out"/niah* "$out"/ruler* --min-dense 0.5 --out "docs/ruler-$length"
 }
 
@@ -49,8 +40,8 @@ text() {
   serve text 31002 '{"min_seq_len": 0, "max_budget": 4096, "selector": "any"}' $EAGER
   evaluate 31002 perplexity --length 8192 --max-tokens 64 --limit 64 --selectors $ALL \
     --out results/text
-  evaluate 31002 write-once --length 4096 --limit 100 --selectors $ALL --budgets 512 \
-    --out results/text
+  evaluate 31002 write-once --length 4096 --limit 100 --selectors fasa,streaming,random \
+    --budgets 512 --out results/text
 }
 
 aime() {
@@ -116,10 +107,11 @@ mkdir -p results
 for part in "$@"; do
   # In a shell of its own, whose end is that of its servers.
   case $part in
-    ruler-8192) (ruler 8192 31000 niah_multikey_2 niah_multikey_3 niah_single_1 ruler_cwe \
-      ruler_fwe ruler_noise_multikey ruler_noise_multiquery ruler_noise_multivalue) ;;
-    ruler-16384) (ruler 16384 31001 niah_multikey_2 niah_single_1 ruler_fwe \
-      ruler_noise_multikey ruler_noise_multiquery ruler_noise_multivalue) ;;
+    ruler-8192) (ruler 8192 31000 ruler_vt niah_multikey_2 niah_multikey_3 niah_single_1 \
+      ruler_cwe ruler_fwe ruler_noise_multikey ruler_noise_multiquery ruler_noise_multivalue) ;;
+    ruler-16384) (ruler 16384 31001 "ruler_vt ruler_cwe niah_multikey_3" niah_multikey_2 \
+      niah_single_1 ruler_fwe ruler_noise_multikey ruler_noise_multiquery \
+      ruler_noise_multivalue) ;;
     text) (text) ;;
     aime) aime ;;
     ablations) (ablations "${CALIBRATIONS:-.}") ;;
