@@ -81,7 +81,7 @@ pruning() {
     port=$((port + 1))
   done
   wait_for_all
-  for task in agreement write-once; do
+  for task in agreement perplexity write-once; do
     for rule in random oldest; do
       fasa eval compare results/pruning-$rule/$task* results/pruning-fasa/$task*
     done
@@ -92,7 +92,9 @@ prune() { # RULE PORT
   local settings="{\"min_seq_len\": 0, \"prune_rule\": \"$1\", \"prune_interval\": 32}"
   local request='{"prune": "generated", "prune_budget": 512}'
   serve "pruning-$1" "$2" "$settings"
-  evaluate "$2" agreement --length 1024 --max-tokens 1536 --limit 64 --budgets 512 \
+  evaluate "$2" agreement --length 1024 --max-tokens 1024 --limit 64 --budgets 512 \
+    --settings "$settings" --request "$request" --out "results/pruning-$1"
+  evaluate "$2" perplexity --length 2560 --max-tokens 1536 --limit 64 --budgets 512 \
     --settings "$settings" --request "$request" --out "results/pruning-$1"
   evaluate "$2" write-once --length 4096 --limit 100 --budgets 512 \
     --settings "$settings" --request "$request" --out "results/pruning-$1"
