@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
-# A token's average halves over about 70 steps without a selection.
-DECAY = 0.99
+# A token's average halves over about 7 steps without a selection. With 0.99 the 1 that it starts
+# with outweighed what selection said for hundreds of steps, and the oldest went: simulated on
+# SmolLM2's own attention over text, what was pruned held 3.8 % of the mass, and 2.7 % with 0.9.
+DECAY = 0.9
 
 
 class Importance:
