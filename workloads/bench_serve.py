@@ -31,6 +31,7 @@ from fasa_sglang.workloads.engine import flush_cache, running_engine, update_wei
 from fasa_sglang.workloads.models import SHAPES, any_chunks, load_config, write_shape
 from fasa_sglang.workloads.packaged_models import packaged_model
 from fasa_sglang.workloads.plots import plot_speedup
+from fasa_sglang.workloads.settings import json_object
 
 DEFAULT_CASES = {
     "llama3.1-8b": "1x1024,8x1024,1x32768,32x8192,8x32768,12x32768,1x131072",
@@ -69,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--labels", choices=tuple(LABELS), default="half-fp8")
     parser.add_argument("--combine", choices=("mean", "nrm"), default="mean")
     parser.add_argument(
-        "--request", type=json.loads, default={}, metavar="JSON", help="further request keys"
+        "--request", type=json_object, default={}, metavar="JSON", help="further request keys"
     )
     parser.add_argument("--output-tokens", type=int, default=128, help="tokens timed per request")
     parser.add_argument("--json", metavar="FILE", help="write the rows as JSON")

@@ -49,7 +49,7 @@ from fasa_sglang.workloads.results import (
     summary_table,
 )
 from fasa_sglang.workloads.server import running_server, server_url
-from fasa_sglang.workloads.settings import Setting, needs_choosing, parse_settings
+from fasa_sglang.workloads.settings import Setting, json_object, needs_choosing, parse_settings
 from fasa_sglang.workloads.tasks import find_task
 from fasa_sglang.workloads.tasks.base import Options, Session, Task
 
@@ -79,24 +79,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text", metavar="FILE", help="text of made prompts; default: Python's own"
     )
     parser.add_argument("--calibration", metavar="FILE", help="default: made once and kept")
-    parser.add_argument("--settings", type=_object, default={}, metavar="JSON", help="server's")
-    parser.add_argument("--request", type=_object, default={}, metavar="JSON", help="request keys")
+    parser.add_argument("--settings", type=json_object, default={}, metavar="JSON", help="server's")
+    parser.add_argument(
+        "--request", type=json_object, default={}, metavar="JSON", help="request keys"
+    )
     parser.add_argument("--concurrency", type=int, help="requests at once; default: 16, on a CPU 1")
     parser.add_argument("--out", metavar="FOLDER", default="results", help="results go below it")
     parser.add_argument(
         "--min-dense", type=float, default=0.0, help="pool only tasks of which dense gets as much"
     )
     parser.add_argument("--flags", default="", help="further flags of SGLang, in one string")
-
-
-def _object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"no valid JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r:.80}")
-    return value
 
 
 @dataclass

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,3 +68,14 @@ def parse_settings(selectors: str, budgets: str) -> list[Setting]:
 def needs_choosing(settings: Sequence[Setting]) -> bool:
     """Whether a setting needs a server that lets requests choose their selector."""
     return any(setting.selector not in (DENSE, "fasa") for setting in settings)
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """For argparse: an option that holds a JSON object."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"no valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r:.80}")
+    return value
