@@ -6,7 +6,7 @@ set -euo pipefail
 MODEL=qwen-coder
 ALL=fasa,oracle,quest,streaming,random
 # Several servers share the GPU, and what is compared has no graphs.
-POOL="--max-total-tokens 1000000"
+POOL="--max-total-tokens 600000"
 EAGER="--cuda-graph-backend-decode disabled --cuda-graph-backend-prefill disabled"
 
 serve() { # NAME PORT SETTINGS [FLAG...]: a server in the background, until this shell ends
@@ -31,8 +31,9 @@ ruler() { # LENGTH PORT TASKS TASK...: first those of which dense gets less than
   local length=$1 port=$2 hard=$3 out=results/ruler-$1
   shift 3
   serve "ruler-$length" "$port" '{"min_seq_len": 0, "max_budget": 4096, "selector": "any"}' $EAGER
-  evaluate "$port" $hard --length "$length" --selectors dense --out "$out"
-  evaluate "$port" "$@" --length "$length" --selectors $ALL --budgets 256,512,2048 --out "$out"
+  evaluate "$port" $hard --length "$length" --limit 50 --selectors dense --out "$out"
+  evaluate "$port" "$@" --length "$length" --limit 50 --selectors $ALL --budgets 256,512,2048 \
+    --out "$out"
   fasa eval pool "$out"/niah* "$out"/ruler* --min-dense 0.5 --out "docs/ruler-$length"
 }
 
@@ -52,7 +53,7 @@ aime() {
 ablate() { # NAME SETTINGS [FLAG...]
   fasa eval perplexity --model $MODEL --length 8192 --max-tokens 64 --limit 64 --concurrency 64 \
     --budgets 256,512,2048 --settings "$2" --out "results/ablations/$1" "${@:3}" \
-    --flags "--max-total-tokens 600000 $EAGER"
+    --flags "--max-total-tokens 200000 $EAGER"
 }
 
 ablations() { # CALIBRATIONS: a folder of files of `fasa calibrate` with the flags of their names
