@@ -44,8 +44,8 @@ class Run:
     requests: int
     seconds: float
     tokens_per_s: float
-    at_once: float
-    """Mean number of requests that decode."""
+    at_once: int
+    """Most requests that decoded at the same time."""
     pruned_tokens: int
 
 
@@ -141,10 +141,13 @@ def _measure(
     metas = [reply["meta_info"] for _, _, reply in replies]
     lost = sum(meta.get("num_retractions", 0) for meta in metas)
     short = [meta["completion_tokens"] for meta in metas if _is_short(meta, args.output_tokens)]
-    if lost or short:
+    at_once = max(
+        sum(first <= begun <= last for first, last, _ in replies) for begun, _, _ in replies
+    )
+    if lost or short or at_once < count:
         raise FasaError(
-            f"{name}: {lost} requests lost their slots and {len(short)} ended early, so that "
-            f"{count} do not fit in {pool} tokens"
+            f"{name}: {lost} requests lost their slots, {len(short)} ended early and {at_once} ran "
+            f"at once, so that {count} do not fit in {pool} tokens"
         )
     return Run(
         name,
@@ -152,7 +155,7 @@ def _measure(
         count,
         seconds,
         count * args.output_tokens / seconds,
-        sum(last - first for first, last, _ in replies) / seconds,
+        at_once,
         sum((meta.get("fasa") or {}).get("pruned_tokens", 0) for meta in metas),
     )
 
@@ -184,7 +187,7 @@ def _table(args: argparse.Namespace, runs: list[Run]) -> Table:
             each.backend,
             str(each.pool_tokens),
             str(each.requests),
-            f"{each.at_once:.1f}",
+            str(each.at_once),
             f"{each.seconds:.1f}",
             f"{each.tokens_per_s:.0f}",
             str(each.pruned_tokens),

@@ -30,8 +30,10 @@ class Client:
         self._at_once = asyncio.Semaphore(concurrency)
 
     async def __aenter__(self) -> Client:
-        # No limit of connections: the semaphore is the limit.
-        self._http = httpx.AsyncClient(timeout=TIMEOUT_SEC, limits=httpx.Limits())
+        # No limit of connections: the semaphore is the limit. None is used twice: SGLang closes
+        # one that was idle for 5 seconds, and a request sent just then is lost.
+        limits = httpx.Limits(max_keepalive_connections=0)
+        self._http = httpx.AsyncClient(timeout=TIMEOUT_SEC, limits=limits)
         return self
 
     async def __aexit__(self, *exc: object) -> None:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 
+from fasa_sglang.errors import FasaError
+
 # Larger than any log-probability, and small enough to leave float32 ones exact to 1e-5.
 BIAS = 100.0
 TOKENS = "forced_token_ids"
@@ -33,6 +35,11 @@ class ForceTokens(CustomLogitProcessor):
     ) -> torch.Tensor:
         """Rewrite each row of ``logits``, ``[batch_size, vocab_size]``, float32."""
         for row, params in zip(logits, custom_param_list or [], strict=True):
+            # SGLang's request. All chunks of a prompt come here, and only the last one's token
+            # is kept.
+            req = params.get("__req__")
+            if req is not None and len(req.get_fill_ids()) < len(req.full_untruncated_fill_ids):
+                continue
             # The step is counted here: under overlap scheduling the request's own output lags.
             step = params.get(STEP, 0)
             params[STEP] = step + 1
@@ -105,7 +112,12 @@ def forced_request(
 
 
 def steps(reply: Mapping[str, Any], token_ids: Sequence[int]) -> list[Step]:
-    """Read a reply to ``forced_request``; the first step is the prefill's, the others decode's."""
+    """Read a reply to ``forced_request``; the first step is the prefill's, the others decode's.
+
+    Raises:
+        FasaError: See ``require_followed``.
+    """
+    require_followed(reply, token_ids)
     meta = reply["meta_info"]
     result = []
     for forced, top, carried in zip(
@@ -118,6 +130,23 @@ def steps(reply: Mapping[str, Any], token_ids: Sequence[int]) -> list[Step]:
         others = {token: value + BIAS for value, token, *_ in top if token not in (forced, carrier)}
         result.append(Step(forced, logprob + BIAS, others))
     return result
+
+
+def require_followed(reply: Mapping[str, Any], token_ids: Sequence[int]) -> None:
+    """Refuse a reply that is not what was forced.
+
+    Raises:
+        FasaError: Says where they part.
+    """
+    said = list(reply["output_ids"][: len(token_ids)])
+    if said == list(token_ids):
+        return
+    pairs = enumerate(zip(said, token_ids, strict=False))
+    step = next((i for i, (got, wanted) in pairs if got != wanted), len(said))
+    raise FasaError(
+        f"the server did not follow the forced tokens from step {step} of {len(token_ids)}; is it "
+        "an SGLang that this version of FASA was not tested with?"
+    )
 
 
 def agreement(made: Sequence[Step]) -> float:

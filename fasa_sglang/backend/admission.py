@@ -57,18 +57,23 @@ def reserve_no_more(
 ) -> Any:
     """Admit a request with room for what pruning leaves of it.
 
-    SGLang's admission reads from ``max_new_tokens`` how much a request will grow, and nothing else.
+    SGLang's admission reads from ``max_new_tokens`` how much a request will grow. For requests that
+    ignore EOS where no prefixes are cached it has another rule, which reads the same of all that
+    run; here they go by the common one.
     """
-    bound = growth(memory_of(adder.tree_cache), req)
-    if bound is None:
+    memory = memory_of(adder.tree_cache)
+    if memory is None or not memory.config.prune_admission:
         return original(adder, req, *args, **kwargs)
+    bound = growth(memory, req)
     params = req.sampling_params
-    asked = params.max_new_tokens
-    params.max_new_tokens = min(asked, bound)
+    asked = params.max_new_tokens, params.ignore_eos
+    if bound is not None:
+        params.max_new_tokens = min(params.max_new_tokens, len(req.output_ids) + bound)
+    params.ignore_eos = False
     try:
         return original(adder, req, *args, **kwargs)
     finally:
-        params.max_new_tokens = asked
+        params.max_new_tokens, params.ignore_eos = asked
 
 
 def hold_no_more(result: float, adder: Any, req: Any) -> float:

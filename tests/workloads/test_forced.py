@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from fasa_sglang.errors import FasaError
+from fasa_sglang.workloads.engine import running_engine
 from fasa_sglang.workloads.forced import (
     BIAS,
     ForceTokens,
@@ -59,16 +63,48 @@ def test_the_processor_forces_and_leaves_every_probability_readable() -> None:
             top = [(float(v), t, None) for t, v in enumerate(made[i])]
             carrier = params[i]["forced_carrier"]
             reply = {
+                "output_ids": [ids[number]],
                 "meta_info": {
                     "output_top_logprobs": [top],
                     "output_token_ids_logprobs": [[(float(made[i][carrier]), carrier, None)]],
-                }
+                },
             }
             [got] = steps(reply, [ids[number]])
             assert got.logprob == pytest.approx(float(held[ids[number]]), abs=2e-5)
             for token, logprob in got.others.items():
                 assert logprob == pytest.approx(float(held[token]), abs=2e-5)
             assert carrier not in got.others and ids[number] not in got.others
+
+
+def test_a_prompt_in_chunks_is_followed_from_its_first_token(
+    random_model: Path, random_calibration: str
+) -> None:
+    """Each chunk used to take a forced token: at 8k tokens all steps came one too late."""
+    settings = {"calibration": random_calibration, "min_seq_len": 0}
+    prompts, wanted = [[5] * 150, [6] * 70], [[11, 12, 13, 14], [21, 22, 23]]
+    bodies = [forced_request(ids, {"fasa": False}) for ids in wanted]
+    with running_engine(
+        random_model,
+        settings,
+        skip_tokenizer_init=True,
+        chunked_prefill_size=64,
+        max_total_tokens=2000,
+        enable_custom_logit_processor=True,
+    ) as engine:
+
+        async def together() -> list[dict[str, Any]]:
+            asked = (
+                engine.async_generate(input_ids=prompt, **body)
+                for prompt, body in zip(prompts, bodies, strict=True)
+            )
+            return await asyncio.gather(*asked)
+
+        replies = engine.loop.run_until_complete(together())
+    for reply, ids in zip(replies, wanted, strict=True):
+        assert reply["output_ids"] == ids
+        assert [made.token_id for made in steps(reply, ids)] == ids
+        with pytest.raises(FasaError, match="did not follow the forced tokens from step 1 of 2"):
+            steps(reply, [ids[0], 99])
 
 
 def test_agreement_counts_decode_steps_only() -> None:

@@ -10,7 +10,7 @@ import random
 from typing import Any
 
 from fasa_sglang.workloads.client import Client
-from fasa_sglang.workloads.forced import forced_request
+from fasa_sglang.workloads.forced import forced_request, require_followed
 from fasa_sglang.workloads.settings import Setting
 from fasa_sglang.workloads.tasks.base import Options, OwnTask, Sample, Session, text_ids
 from fasa_sglang.workloads.tasks.needle import NEEDLES, draw_codes, fact, right
@@ -73,6 +73,7 @@ class WriteOnce(OwnTask):
             forced, {"fasa": session.fasa(setting)}, top_tokens=1, free_tokens=ANSWER_TOKENS
         )
         reply = await client.generate({"input_ids": sample.prompt, **body})
+        require_followed(reply, forced)
         answer = session.tokenizer.decode(reply["output_ids"][len(forced) :])
         return {"accuracy": right(answer, code)}, {**reply, "text": answer}
 
