@@ -203,7 +203,7 @@ def measure(
             torch.arange(num_slots, **on_gpu),
             cache[None],
         )
-        buffers = ScoreBuffers(batch_size, *heads[:2], seq_len, combine, "cuda")
+        buffers = ScoreBuffers(batch_size, heads[1], seq_len, combine, "cuda")
         scratch = SelectionBuffers(buffers)
         scoring = (q, cache, dims, scale, packed, starts, lens, sinks, recents, buffers)
         selection = (buffers, packed, starts, lens, budgets, sinks, recents, scratch)
