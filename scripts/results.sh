@@ -31,17 +31,17 @@ ruler() { # LENGTH PORT TASKS TASK...: first those of which dense gets less than
   local length=$1 port=$2 hard=$3 out=results/ruler-$1
   shift 3
   serve "ruler-$length" "$port" '{"min_seq_len": 0, "max_budget": 4096, "selector": "any"}' $EAGER
-  evaluate "$port" $hard --length "$length" --limit 50 --selectors dense --out "$out"
-  evaluate "$port" "$@" --length "$length" --limit 50 --selectors $ALL --budgets 256,512,2048 \
+  evaluate "$port" $hard --length "$length" --limit 25 --selectors dense --out "$out"
+  evaluate "$port" "$@" --length "$length" --limit 25 --selectors $ALL --budgets 512,2048 \
     --out "$out"
   fasa eval pool "$out"/niah* "$out"/ruler* --min-dense 0.5 --out "docs/ruler-$length"
 }
 
 text() {
   serve text 31002 '{"min_seq_len": 0, "max_budget": 4096, "selector": "any"}' $EAGER
-  evaluate 31002 perplexity --length 8192 --max-tokens 64 --limit 64 --selectors $ALL \
-    --out results/text
-  evaluate 31002 write-once --length 4096 --limit 100 --selectors fasa,streaming,random \
+  evaluate 31002 perplexity --length 8192 --max-tokens 64 --limit 32 --selectors $ALL \
+    --budgets 128,512,2048 --out results/text
+  evaluate 31002 write-once --length 2048 --limit 100 --selectors fasa,streaming,random \
     --budgets 512 --out results/text
 }
 
@@ -51,7 +51,7 @@ aime() {
 }
 
 ablate() { # NAME SETTINGS [FLAG...]
-  fasa eval perplexity --model $MODEL --length 8192 --max-tokens 64 --limit 64 --concurrency 64 \
+  fasa eval perplexity --model $MODEL --length 8192 --max-tokens 64 --limit 32 --concurrency 64 \
     --budgets 256,512,2048 --settings "$2" --out "results/ablations/$1" "${@:3}" \
     --flags "--max-total-tokens 200000 $EAGER"
 }
@@ -90,15 +90,14 @@ pruning() {
 }
 
 prune() { # RULE PORT
-  local settings="{\"min_seq_len\": 0, \"prune_rule\": \"$1\", \"prune_interval\": 32}"
-  local request='{"prune": "generated", "prune_budget": 512}'
+  local settings="{\"min_seq_len\": 0, \"prune_rule\": \"$1\", \"prune_interval\": 32,
+    \"prune_recent\": 64, \"prune_grace\": 32}"
+  local request='{"prune": "generated", "prune_budget": 256}'
+  local more=(--budgets 256 --settings "$settings" --request "$request" --out "results/pruning-$1")
   serve "pruning-$1" "$2" "$settings"
-  evaluate "$2" agreement --length 1024 --max-tokens 1024 --limit 64 --budgets 512 \
-    --settings "$settings" --request "$request" --out "results/pruning-$1"
-  evaluate "$2" perplexity --length 2560 --max-tokens 1536 --limit 64 --budgets 512 \
-    --settings "$settings" --request "$request" --out "results/pruning-$1"
-  evaluate "$2" write-once --length 4096 --limit 100 --budgets 512 \
-    --settings "$settings" --request "$request" --out "results/pruning-$1"
+  evaluate "$2" agreement --length 1024 --max-tokens 768 --limit 48 "${more[@]}"
+  evaluate "$2" perplexity --length 2048 --max-tokens 1024 --limit 48 "${more[@]}"
+  evaluate "$2" write-once --length 2048 --limit 48 "${more[@]}"
 }
 
 wait_for_all() {

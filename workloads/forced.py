@@ -33,8 +33,9 @@ class ForceTokens(CustomLogitProcessor):
     def __call__(
         self, logits: torch.Tensor, custom_param_list: list[dict[str, Any]] | None = None
     ) -> torch.Tensor:
-        """Rewrite each row of ``logits``, ``[batch_size, vocab_size]``, float32."""
-        for row, params in zip(logits, custom_param_list or [], strict=True):
+        """Rewrite the rows of ``logits``, ``[batch_size, vocab_size]``, float32."""
+        rows, forced, carriers = [], [], []
+        for row, params in enumerate(custom_param_list or []):
             # SGLang's request. All chunks of a prompt come here, and only the last one's token
             # is kept.
             req = params.get("__req__")
@@ -44,10 +45,15 @@ class ForceTokens(CustomLogitProcessor):
             step = params.get(STEP, 0)
             params[STEP] = step + 1
             if step < len(params[TOKENS]):
-                forced = params[TOKENS][step]
-                row.copy_(row.log_softmax(dim=-1))
-                row[params[CARRIER]] = row[forced]
-                row[forced] = BIAS
+                rows.append(row)
+                forced.append(params[TOKENS][step])
+                carriers.append(params[CARRIER])
+        if rows:
+            held = logits[rows].log_softmax(dim=-1)
+            places = list(range(len(rows)))
+            held[places, carriers] = held[places, forced]
+            held[places, forced] = BIAS
+            logits[rows] = held
         return logits
 
 

@@ -99,6 +99,8 @@ def test_every_kind_of_task_runs(tmp_path: Path, smollm2_calibration: str) -> No
         for entry in found.values():
             assert entry["samples"] == 1 and 0 <= entry[metric] <= 1
         assert found["fasa-128"]["kv_read_ratio"] < found["dense"]["kv_read_ratio"] == 1
+    followed = [entry["followed"] for entry in summary(tmp_path, "aime24").values()]
+    assert followed[0] == 1 and 0 < followed[1] <= 1
     assert len(list(tmp_path.glob("needle-*/depths-*.png"))) == 2
 
 

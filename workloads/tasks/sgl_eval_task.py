@@ -17,14 +17,17 @@ from typing import Any
 from fasa_sglang.errors import FasaError
 from fasa_sglang.workloads.client import ServerEndedError
 from fasa_sglang.workloads.results import Row
-from fasa_sglang.workloads.settings import Setting
+from fasa_sglang.workloads.settings import DENSE, Setting
 from fasa_sglang.workloads.tasks.base import Options, Session, Task
 
 
 class SglEvalTask(Task):
-    """Metric: sgl-eval's score of a reply, 0 or 1 for most tasks."""
+    """Metrics: sgl-eval's score of a reply, and how much of dense's text it follows.
 
-    metrics = ("score",)
+    The latter is the share before the first other character, where nothing is sampled.
+    """
+
+    metrics = ("score", "followed")
 
     def exists(self) -> bool:
         """See ``Task``."""
@@ -68,6 +71,11 @@ class SglEvalTask(Task):
             if isinstance(sample.raw, _New):
                 new = sample.raw
                 metrics = {"score": float(score)}
+                # Dense comes first.
+                dense = session.results.find(new.name, DENSE)
+                text = sample.text if dense is None else dense.text
+                if session.options.temperature == 0 and text:
+                    metrics["followed"] = _common(text, sample.text) / len(text)
                 info = {"problem": example.id, "repeat": repeat, "finish": sample.finish_reason}
                 session.results.add(
                     Row(
@@ -110,6 +118,12 @@ class SglEvalTask(Task):
                 num_threads=threads,
                 predictions_writer=writer,
             )
+
+
+def _common(text: str, other: str) -> int:
+    """Characters before the first difference."""
+    pairs = enumerate(zip(text, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(text), len(other)))
 
 
 class _New:
