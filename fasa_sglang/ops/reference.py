@@ -15,7 +15,7 @@ import torch
 COMBINE_RULES = ("nrm", "mean")
 QUEST_PAGE_SIZE = 16
 # Tokens whose scores tell how high those of a query head go: the first ones and the latest.
-NUM_ANCHORS, FIRST_ANCHORS = 64, 4
+NUM_ANCHORS, FIRST_ANCHORS = 16, 4
 # What a score above all of these counts for at most, in nats.
 MOST_ABOVE_ANCHORS = 30.0
 # Largest value of float8_e4m3fn.
