@@ -29,6 +29,7 @@ DEFAULT_CASES = "1x8192,1x32768,1x131072,16x8192,16x32768,16x131072,64x16384"
 # Label dims per KV head and their type.
 LABELS = {
     "quarter-fp8": (HEAD_DIM // 4, torch.float8_e4m3fn),
+    "three-eighths-fp8": (HEAD_DIM * 3 // 8, torch.float8_e4m3fn),
     "half-fp8": (HEAD_DIM // 2, torch.float8_e4m3fn),
     "quarter-bf16": (HEAD_DIM // 4, torch.bfloat16),
 }
