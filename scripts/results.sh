@@ -116,7 +116,7 @@ prune() { # RULE PORT
     \"prune_recent\": 64, \"prune_grace\": 32}"
   local request='{"prune": "generated", "prune_budget": 256}'
   local more=(--budgets 256 --settings "$settings" --request "$request" --out "results/pruning-$1")
-  serve "pruning-$1" "$2" "$settings"
+  serve "pruning-$1" "$2" "$settings" --max-running-requests 96
   evaluate "$2" agreement --length 1024 --max-tokens 768 --limit 48 "${more[@]}"
   evaluate "$2" perplexity --length 2048 --max-tokens 1024 --limit 48 "${more[@]}"
   evaluate "$2" write-once --length 2048 --limit 48 "${more[@]}"
