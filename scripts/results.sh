@@ -47,10 +47,10 @@ selectors() { # LENGTH PORT
     300 --selectors $ALL --budgets 512,2048
 }
 
-rules() { # What the settings are worth, on answers instead of KL.
+rules() { # CALIBRATIONS: what settings are worth, on answers instead of KL
   rule mean 31020 '{"min_seq_len": 0, "combine": "mean"}' &
   rule three-eighths 31021 '{"min_seq_len": 0, "num_fcs": 12}' &
-  rule quarter 31022 '{"min_seq_len": 0, "num_fcs": 8}' &
+  rule deviation 31022 "{\"min_seq_len\": 0, \"calibration\": \"$1/deviation.safetensors\"}" &
   wait_for_all
 }
 
@@ -133,7 +133,7 @@ for part in "$@"; do
   case $part in
     ruler-8192) (selectors 8192 31000) ;;
     ruler-16384) (selectors 16384 31001) ;;
-    rules) rules ;;
+    rules) rules "${CALIBRATIONS:-.}" ;;
     text) (text) ;;
     aime) aime ;;
     ablations) (ablations "${CALIBRATIONS:-.}") ;;
