@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fasa_sglang import __version__
+from fasa_sglang.config import FasaConfig
 from fasa_sglang.dominant_fcs import ModelShape
 from fasa_sglang.errors import FasaError
 from fasa_sglang.workloads.bench_serve import device_name, served_model, spread_keys
@@ -80,6 +81,8 @@ def run(args: argparse.Namespace) -> None:
             "calibration": calibration,
             "budget": args.budget,
             "max_budget": args.budget,
+            # Nothing is pruned before a request is long enough to be sparse.
+            "min_seq_len": min(FasaConfig.min_seq_len, args.prompt_tokens + args.prune_budget),
             "prune_interval": args.prune_interval,
             "prune_admission": True,
         }
