@@ -35,7 +35,7 @@ class ForceTokens(CustomLogitProcessor):
     ) -> torch.Tensor:
         """Rewrite the rows of ``logits``, ``[batch_size, vocab_size]``, float32."""
         rows, forced, carriers = [], [], []
-        for row, params in enumerate(custom_param_list or []):
+        for row, params in zip(range(len(logits)), custom_param_list or [], strict=True):
             # SGLang's request. All chunks of a prompt come here, and only the last one's token
             # is kept.
             req = params.get("__req__")
@@ -147,12 +147,16 @@ def require_followed(reply: Mapping[str, Any], token_ids: Sequence[int]) -> None
     said = list(reply["output_ids"][: len(token_ids)])
     if said == list(token_ids):
         return
-    pairs = enumerate(zip(said, token_ids, strict=False))
-    step = next((i for i, (got, wanted) in pairs if got != wanted), len(said))
     raise FasaError(
-        f"the server did not follow the forced tokens from step {step} of {len(token_ids)}; is it "
-        "an SGLang that this version of FASA was not tested with?"
+        f"the server did not follow the forced tokens from step {shared_start(said, token_ids)} of "
+        f"{len(token_ids)}; is it an SGLang that this version of FASA was not tested with?"
     )
+
+
+def shared_start(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many items two sequences share before their first difference."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def agreement(made: Sequence[Step]) -> float:

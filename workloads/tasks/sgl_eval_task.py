@@ -16,6 +16,7 @@ from typing import Any
 
 from fasa_sglang.errors import FasaError
 from fasa_sglang.workloads.client import ServerEndedError
+from fasa_sglang.workloads.forced import shared_start
 from fasa_sglang.workloads.results import Row
 from fasa_sglang.workloads.settings import DENSE, Setting
 from fasa_sglang.workloads.tasks.base import Options, Session, Task
@@ -75,7 +76,7 @@ class SglEvalTask(Task):
                 dense = session.results.find(new.name, DENSE)
                 text = sample.text if dense is None else dense.text
                 if session.options.temperature == 0 and text:
-                    metrics["followed"] = _common(text, sample.text) / len(text)
+                    metrics["followed"] = shared_start(text, sample.text) / len(text)
                 info = {"problem": example.id, "repeat": repeat, "finish": sample.finish_reason}
                 session.results.add(
                     Row(
@@ -118,12 +119,6 @@ class SglEvalTask(Task):
                 num_threads=threads,
                 predictions_writer=writer,
             )
-
-
-def _common(text: str, other: str) -> int:
-    """Characters before the first difference."""
-    pairs = enumerate(zip(text, other, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(text), len(other)))
 
 
 class _New:
