@@ -6,7 +6,7 @@ set -euo pipefail
 MODEL=qwen-coder
 ALL=fasa,oracle,quest,streaming,random
 # Several servers share the GPU, and what is compared has no graphs.
-POOL="--max-total-tokens 600000"
+POOL="--max-total-tokens 340000"
 EAGER="--cuda-graph-backend-decode disabled --cuda-graph-backend-prefill disabled"
 
 serve() { # NAME PORT SETTINGS [FLAG...]: a server in the background, until this shell ends
@@ -43,6 +43,7 @@ ruler() { # LENGTH PORT OUT SETTINGS CONCURRENCY FLAG...
 }
 
 selectors() { # LENGTH PORT
+  local POOL="--max-total-tokens $((35 * $1))" # its documents, and what is generated
   ruler "$1" "$2" "results/ruler-$1" '{"min_seq_len": 0, "max_budget": 4096, "selector": "any"}' \
     300 --selectors $ALL --budgets 512,2048
 }
