@@ -133,47 +133,47 @@ def _nrm_kernel(
     if i_s * BT >= seq_len:
         return
     sink, recent = tl.load(sinks_ptr + i_b), tl.load(recents_ptr + i_b)
-    # Query heads as columns that are zero outside their KV head's part of the row, so that one
-    # matrix product scores them all.
-    o_r, o_q = tl.arange(0, HP * FP)[:, None], tl.arange(0, HP * GP)[None, :]
-    i_h, o_f, i_g = o_r // FP, o_r % FP, o_q % GP
-    m_r = (i_h < H) & (o_f < F)
-    b_dim = tl.load(dims_ptr + i_h * F + o_f, mask=m_r, other=0)
-    p_q = q_ptr + i_b.to(tl.int64) * q_stride + (i_h * G + i_g) * D + b_dim
-    b_q = tl.load(p_q, mask=m_r & (o_q // GP == i_h) & (i_g < G), other=0.0).to(tl.float32)
-    b_q *= tl.load(q_scale_ptr + i_h * F + o_f, mask=m_r, other=0.0) * sm_scale
-    b_q = b_q.to(tl.float16)  # [ROW, HP * GP]
-    o_row = tl.arange(0, HP * FP)
-    m_row = ((o_row // FP < H) & (o_row % FP < F))[None, :]
-    o_row = ((o_row // FP) * F + o_row % FP)[None, :]
+    o_h, o_f, o_g = tl.arange(0, HP), tl.arange(0, FP), tl.arange(0, GP)
+    o_hf = o_h[:, None] * F + o_f[None, :]
+    m_hf = (o_h < H)[:, None] & (o_f < F)[None, :]
+    b_dim = tl.load(dims_ptr + o_hf, mask=m_hf, other=0)[:, :, None]
+    p_q = q_ptr + i_b.to(tl.int64) * q_stride + (o_h[:, None] * G + o_g[None, :])[:, None, :] * D
+    m_q = m_hf[:, :, None] & (o_g < G)[None, None, :]
+    b_q = tl.load(p_q + b_dim, mask=m_q, other=0.0).to(tl.float32)
+    b_q *= (tl.load(q_scale_ptr + o_hf, mask=m_hf, other=0.0) * sm_scale)[:, :, None]
+    b_q = b_q.to(tl.float16)  # [HP, FP, GP]
+    o_r = tl.arange(0, HP * FP)
+    m_r = ((o_r // FP < H) & (o_r % FP < F))[None, :]
+    o_r = ((o_r // FP) * F + o_r % FP)[None, :]
 
     p_slot = slots_ptr + start
     o_a = tl.arange(0, ANCHORS)
     o_a = tl.where(o_a < FIRST, o_a, seq_len - 1 - ANCHORS + o_a)
     o_a = tl.minimum(tl.maximum(o_a, 0), tl.maximum(seq_len - 2, 0))
-    p_label = labels_ptr + tl.load(p_slot + o_a).to(tl.int64)[:, None] * (H * F) + o_row
-    b_label = tl.load(p_label, mask=m_row, other=0.0)
-    b_peak = tl.max(tl.dot(b_label.to(tl.float16), b_q), axis=0)[None, :]  # [1, HP * GP]
+    p_anchor = labels_ptr + tl.load(p_slot + o_a).to(tl.int64)[:, None] * (H * F) + o_r
+    b_anchor = tl.load(p_anchor, mask=m_r, other=0.0).to(tl.float16)
+    b_anchor = tl.permute(tl.reshape(b_anchor, [ANCHORS, HP, FP]), (1, 0, 2))
+    b_peak = tl.max(tl.dot(b_anchor, b_q), axis=1)[:, None, :]  # [HP, 1, GP]
 
-    o_h = tl.arange(0, HP)[None, :]
     for i_t in range(i_s, tl.cdiv(seq_len, BT), tl.num_programs(0)):
         o_t = i_t * BT + tl.arange(0, BT)
         m_t = o_t < seq_len
         b_slot = tl.load(p_slot + o_t, mask=m_t, other=0).to(tl.int64)
-        p_label = labels_ptr + b_slot[:, None] * (H * F) + o_row
+        p_label = labels_ptr + b_slot[:, None] * (H * F) + o_r
         if HP == H and FP == F:
             b_label = tl.load(p_label)  # [BT, ROW]; slot 0 stands in for what is past the end
         else:
-            b_label = tl.load(p_label, mask=m_row, other=0.0)
-        b_logit = tl.dot(b_label.to(tl.float16), b_q)  # [BT, HP * GP]
+            b_label = tl.load(p_label, mask=m_r, other=0.0)
+        b_label = tl.permute(tl.reshape(b_label.to(tl.float16), [BT, HP, FP]), (1, 0, 2))
+        b_logit = tl.dot(b_label, b_q)  # [HP, BT, GP]
         b_mass = tl.exp(tl.minimum(b_logit - b_peak, MOST))
-        b_mass = tl.reshape(tl.where(i_g < G, b_mass, 0.0), [BT, HP, GP])
+        b_mass = tl.sum(tl.where((o_g < G)[None, None, :], b_mass, 0.0), axis=2)  # [HP, BT]
         # The logarithm ranks alike and spreads the masses, which span many decades.
-        b_score = tl.log(tl.maximum(tl.sum(b_mass, axis=2), 1e-37))  # [BT, HP]
-        m_free = ((o_t >= sink) & (o_t < seq_len - recent))[:, None]
-        p_score = scores_ptr + (i_b * H + o_h).to(tl.int64) * scores_stride + o_t[:, None]
+        b_score = tl.log(tl.maximum(b_mass, 1e-37))
+        m_free = ((o_t >= sink) & (o_t < seq_len - recent))[None, :]
+        p_score = scores_ptr + (i_b * H + o_h).to(tl.int64)[:, None] * scores_stride + o_t[None, :]
         b_score = tl.where(m_free, b_score, FORCED)
-        tl.store(p_score, b_score, mask=m_t[:, None] & (o_h < H))
+        tl.store(p_score, b_score, mask=m_t[None, :] & (o_h < H)[:, None])
 
 
 class ScoreBuffers:
@@ -270,20 +270,20 @@ def token_importance(
         "G": group,
         "D": head_dim,
         "F": width,
-        "FP": triton.next_power_of_2(width),
         "FORCED": FORCED,
-        "num_warps": 4,
     }
+    row = triton.next_power_of_2(width)
     grid = (max(1, NUM_PROGRAMS // batch_size), batch_size)
     if buffers.combine == "mean":
-        _mean_kernel[grid](*arguments, **shape, BT=32)
+        _mean_kernel[grid](*arguments, **shape, FP=row, BT=32, num_warps=4)
         return
     _nrm_kernel[grid](
         *arguments,
         **shape,
-        # A matrix product has at least 16 columns.
-        GP=max(triton.next_power_of_2(group), 16 // heads),
+        FP=max(16, row),  # the least that a matrix product sums over
+        GP=triton.next_power_of_2(group),
         BT=64,
+        num_warps=8,
         ANCHORS=reference.NUM_ANCHORS,
         FIRST=reference.FIRST_ANCHORS,
         MOST=reference.MOST_ABOVE_ANCHORS,
