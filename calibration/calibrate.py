@@ -34,7 +34,7 @@ class CalibrationSettings:
         CalibrationError: A value is out of its range.
     """
 
-    ranker: str = "separation"
+    ranker: str = "deviation"
     num_fcs: int | None = None
     tokens: int = 4096
     top_k: int = 256

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-RANKERS = ("separation", "agreement", "covariance", "deviation")
+RANKERS = ("deviation", "separation", "agreement", "covariance")
 
 
 def chunk_scores(
@@ -48,11 +48,12 @@ def rank_statistics(
 ) -> dict[str, torch.Tensor]:
     """Each ranker's value of every chunk for every query head, averaged over queries.
 
+    ``deviation``: standard deviation of the chunk's logits over that of the head's. What the text
+    attends to does not enter, so it carries over to texts that attend to something else.
     ``separation``: share of [mean logit of the true top-K] - [mean logit of all tokens].
     ``agreement``: overlap of the chunk's own top-K with the head's, the paper's contextual
     agreement (https://arxiv.org/abs/2602.03152, Eq. 4).
     ``covariance``: share of the logits' variance that varies with the chunk.
-    ``deviation``: standard deviation of the chunk's logits over that of the head's.
 
     Args:
         q, k, chunk_dims, positions: As in ``chunk_scores``.
@@ -68,6 +69,12 @@ def rank_statistics(
         for name, total in totals.items():
             total[head] += _MEASURES[name](scores, top_k)
     return {name: (total / len(positions)).flatten(0, 1).cpu() for name, total in totals.items()}
+
+
+def _deviation(scores: torch.Tensor, top_k: int) -> torch.Tensor:
+    centred = scores - scores.mean(dim=-1, keepdim=True)
+    full = centred.sum(dim=1, keepdim=True)
+    return (centred.square().mean(dim=-1) / full.square().mean(dim=-1)).sqrt()
 
 
 def _separation(scores: torch.Tensor, top_k: int) -> torch.Tensor:
@@ -92,17 +99,11 @@ def _covariance(scores: torch.Tensor, top_k: int) -> torch.Tensor:
     return (centred * full).mean(dim=-1) / full.square().mean(dim=-1)
 
 
-def _deviation(scores: torch.Tensor, top_k: int) -> torch.Tensor:
-    centred = scores - scores.mean(dim=-1, keepdim=True)
-    full = centred.sum(dim=1, keepdim=True)
-    return (centred.square().mean(dim=-1) / full.square().mean(dim=-1)).sqrt()
-
-
 _MEASURES: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
+    "deviation": _deviation,
     "separation": _separation,
     "agreement": _agreement,
     "covariance": _covariance,
-    "deviation": _deviation,
 }
 
 

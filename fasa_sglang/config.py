@@ -39,8 +39,8 @@ class FasaConfig:
             if this is 0; inside the budget.
         num_fcs: Frequency chunks read per KV head; None takes the calibration's number.
         combine: How the scores of a group's query heads become one score per KV head: ``nrm``
-            sums exp(score - the head's maximum), ``mean`` averages the raw scores, which costs one
-            dot product for the whole group.
+            sums exp(score - the head's score of the first and latest tokens), ``mean`` averages the
+            raw scores, which costs one dot product for the whole group.
         num_dense_layers: Leading layers that keep full attention.
         label_dtype: Element type of the label cache: ``fp8`` (e4m3, relative to the calibration's
             mean and spread of each dim) or ``bf16``.
@@ -71,7 +71,7 @@ class FasaConfig:
     sink: int = 4
     recent: int = 32
     num_fcs: int | None = None
-    combine: str = "mean"
+    combine: str = "nrm"
     num_dense_layers: int = 1
     label_dtype: str = "fp8"
     min_seq_len: int = 2048

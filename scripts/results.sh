@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # What docs/results.md shows, part by part, on one GPU: bash scripts/results.sh PART...
-# Parts: ruler-8192, ruler-16384, text, aime, ablations, pruning. Rows go below results/; a rerun
-# goes on where an earlier one stopped. Needs `pip install "fasa-sglang[serve,eval]"`.
+# Parts: ruler-8192, ruler-16384, rules, text, aime, ablations, pruning. Rows go below results/; a
+# rerun goes on where an earlier one stopped. Needs `pip install "fasa-sglang[serve,eval]"`.
 set -euo pipefail
 MODEL=qwen-coder
 ALL=fasa,oracle,quest,streaming,random
 # Several servers share the GPU, and what is compared has no graphs.
-POOL="--max-total-tokens 600000"
+POOL="--max-total-tokens 340000"
 EAGER="--cuda-graph-backend-decode disabled --cuda-graph-backend-prefill disabled"
 
 serve() { # NAME PORT SETTINGS [FLAG...]: a server in the background, until this shell ends
@@ -24,17 +24,39 @@ serve() { # NAME PORT SETTINGS [FLAG...]: a server in the background, until this
 }
 
 evaluate() { # PORT FLAG...
-  fasa eval "${@:2}" --model "$MODEL" --base-url "http://127.0.0.1:$1" --concurrency 300
+  fasa eval --concurrency 300 "${@:2}" --model "$MODEL" --base-url "http://127.0.0.1:$1"
 }
 
-ruler() { # LENGTH PORT TASKS TASK...: first those of which dense gets less than half, dense only
-  local length=$1 port=$2 hard=$3 out=results/ruler-$1
-  shift 3
-  serve "ruler-$length" "$port" '{"min_seq_len": 0, "max_budget": 4096, "selector": "any"}' $EAGER
-  evaluate "$port" $hard --length "$length" --limit 25 --selectors dense --out "$out"
-  evaluate "$port" "$@" --length "$length" --limit 25 --selectors $ALL --budgets 512,2048 \
-    --out "$out"
-  fasa eval pool "$out"/niah* "$out"/ruler* --min-dense 0.5 --out "docs/ruler-$length"
+ruler() { # LENGTH PORT OUT SETTINGS CONCURRENCY FLAG...
+  local out=$3 more=(--length "$1" --limit 25 --out "$3")
+  local tasks="niah_multikey_2 niah_single_1 ruler_fwe ruler_noise_multikey ruler_noise_multiquery
+    ruler_noise_multivalue"
+  # Of these dense gets less than half.
+  local hard="ruler_vt ruler_cwe niah_multikey_3"
+  if [ "$1" = 8192 ]; then tasks="$tasks ruler_cwe niah_multikey_3" hard=ruler_vt; fi
+  serve "$(basename "$out")" "$2" "$4" $EAGER
+  evaluate "$2" $tasks "${more[@]}" --settings "$4" --concurrency "$5" "${@:6}"
+  if [ "$out" = "results/ruler-$1" ]; then
+    evaluate "$2" $hard "${more[@]}" --settings "$4" --selectors dense
+  fi
+  fasa eval pool "$out"/niah* "$out"/ruler* --min-dense 0.5 --out "docs/$(basename "$out")"
+}
+
+selectors() { # LENGTH PORT
+  local POOL="--max-total-tokens $((35 * $1))" # its documents, and what is generated
+  ruler "$1" "$2" "results/ruler-$1" '{"min_seq_len": 0, "max_budget": 4096, "selector": "any"}' \
+    300 --selectors $ALL --budgets 512,2048
+}
+
+rules() { # CALIBRATIONS: what settings are worth, on answers instead of KL
+  rule mean 31020 '{"min_seq_len": 0, "combine": "mean"}' &
+  rule three-eighths 31021 '{"min_seq_len": 0, "num_fcs": 12}' &
+  rule deviation 31022 "{\"min_seq_len\": 0, \"calibration\": \"$1/deviation.safetensors\"}" &
+  wait_for_all
+}
+
+rule() { # NAME PORT SETTINGS
+  ruler 16384 "$2" "results/ruler-16384-$1" "$3" 48 --budgets 512,2048
 }
 
 text() {
@@ -59,9 +81,10 @@ ablate() { # NAME SETTINGS [FLAG...]
 ablations() { # CALIBRATIONS: a folder of files of `fasa calibrate` with the flags of their names
   ablate default '{}' &
   ablate bf16 '{"label_dtype": "bf16"}' &
-  ablate nrm '{"combine": "nrm"}' &
+  ablate mean '{"combine": "mean"}' &
+  ablate three-eighths '{"num_fcs": 12}' &
   ablate quarter '{"num_fcs": 8}' &
-  ablate quarter-nrm '{"num_fcs": 8, "combine": "nrm"}' &
+  ablate quarter-mean '{"num_fcs": 8, "combine": "mean"}' &
   wait_for_all
   ablate dense-0 '{"num_dense_layers": 0}' &
   ablate dense-2 '{"num_dense_layers": 2}' &
@@ -94,7 +117,7 @@ prune() { # RULE PORT
     \"prune_recent\": 64, \"prune_grace\": 32}"
   local request='{"prune": "generated", "prune_budget": 256}'
   local more=(--budgets 256 --settings "$settings" --request "$request" --out "results/pruning-$1")
-  serve "pruning-$1" "$2" "$settings"
+  serve "pruning-$1" "$2" "$settings" --max-running-requests 96
   evaluate "$2" agreement --length 1024 --max-tokens 768 --limit 48 "${more[@]}"
   evaluate "$2" perplexity --length 2048 --max-tokens 1024 --limit 48 "${more[@]}"
   evaluate "$2" write-once --length 2048 --limit 48 "${more[@]}"
@@ -109,11 +132,9 @@ mkdir -p results
 for part in "$@"; do
   # In a shell of its own, whose end is that of its servers.
   case $part in
-    ruler-8192) (ruler 8192 31000 ruler_vt niah_multikey_2 niah_multikey_3 niah_single_1 \
-      ruler_cwe ruler_fwe ruler_noise_multikey ruler_noise_multiquery ruler_noise_multivalue) ;;
-    ruler-16384) (ruler 16384 31001 "ruler_vt ruler_cwe niah_multikey_3" niah_multikey_2 \
-      niah_single_1 ruler_fwe ruler_noise_multikey ruler_noise_multiquery \
-      ruler_noise_multivalue) ;;
+    ruler-8192) (selectors 8192 31000) ;;
+    ruler-16384) (selectors 16384 31001) ;;
+    rules) rules "${CALIBRATIONS:-.}" ;;
     text) (text) ;;
     aime) aime ;;
     ablations) (ablations "${CALIBRATIONS:-.}") ;;

@@ -97,10 +97,8 @@ def written_labels(case: Case, dtype: torch.dtype) -> torch.Tensor:
 def scored(case: Case, labels: torch.Tensor, combine: str, sink: int, recent: int):
     from fasa_sglang.ops.token_importance import ScoreBuffers, token_importance
 
-    batch_size, num_qo_heads, _ = case.q.shape
-    buffers = ScoreBuffers(
-        batch_size, num_qo_heads, labels.shape[1], case.slots.shape[1], combine, DEVICE
-    )
+    size = (len(case.q), labels.shape[1], case.slots.shape[1])
+    buffers = ScoreBuffers(*size, combine, DEVICE)
     buffers.scores.fill_(torch.nan)
     token_importance(
         case.q,

@@ -29,6 +29,7 @@ DEFAULT_CASES = "1x8192,1x32768,1x131072,16x8192,16x32768,16x131072,64x16384"
 # Label dims per KV head and their type.
 LABELS = {
     "quarter-fp8": (HEAD_DIM // 4, torch.float8_e4m3fn),
+    "three-eighths-fp8": (HEAD_DIM * 3 // 8, torch.float8_e4m3fn),
     "half-fp8": (HEAD_DIM // 2, torch.float8_e4m3fn),
     "quarter-bf16": (HEAD_DIM // 4, torch.bfloat16),
 }
@@ -203,7 +204,7 @@ def measure(
             torch.arange(num_slots, **on_gpu),
             cache[None],
         )
-        buffers = ScoreBuffers(batch_size, *heads[:2], seq_len, combine, "cuda")
+        buffers = ScoreBuffers(batch_size, heads[1], seq_len, combine, "cuda")
         scratch = SelectionBuffers(buffers)
         scoring = (q, cache, dims, scale, packed, starts, lens, sinks, recents, buffers)
         selection = (buffers, packed, starts, lens, budgets, sinks, recents, scratch)

@@ -39,7 +39,13 @@ DEFAULT_CASES = {
     "smollm2": "1x1024,1x8064,8x8064",
 }
 # Share of the chunks in a label, and its type.
-LABELS = {"quarter-fp8": (4, "fp8"), "half-fp8": (2, "fp8"), "quarter-bf16": (4, "bf16")}
+# Eighths of the chunks.
+LABELS = {
+    "quarter-fp8": (2, "fp8"),
+    "three-eighths-fp8": (3, "fp8"),
+    "half-fp8": (4, "fp8"),
+    "quarter-bf16": (2, "bf16"),
+}
 REPEATS = 3
 SHORT_PREFILL = 65536
 SHORT_PROMPT = 2048
@@ -68,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cases", help="BATCHxTOKENS,...; the context holds prompt and output")
     parser.add_argument("--budget", type=int, default=2048, help="tokens per (request, KV head)")
     parser.add_argument("--labels", choices=tuple(LABELS), default="half-fp8")
-    parser.add_argument("--combine", choices=("mean", "nrm"), default="mean")
+    parser.add_argument("--combine", choices=("mean", "nrm"), default="nrm")
     parser.add_argument(
         "--request", type=json_object, default={}, metavar="JSON", help="further request keys"
     )
@@ -94,8 +100,8 @@ def run(args: argparse.Namespace) -> None:
         model, overrides = served_model(args.shape, Path(work))
         calibration = str(Path(work) / "calibration.safetensors")
         shape = ModelShape.from_config(load_config(model))
-        parts, label_dtype = LABELS[args.labels]
-        any_chunks(shape, shape.rope.num_chunks // parts).save(calibration)
+        eighths, label_dtype = LABELS[args.labels]
+        any_chunks(shape, shape.rope.num_chunks * eighths // 8).save(calibration)
         settings = {
             "calibration": calibration,
             "budget": args.budget,

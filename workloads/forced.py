@@ -22,6 +22,7 @@ from fasa_sglang.errors import FasaError
 BIAS = 100.0
 TOKENS = "forced_token_ids"
 STEP = "forced_step"
+RETRACTIONS = "forced_retractions"
 CARRIER = "forced_carrier"
 # Best tokens returned of every step.
 TOP_TOKENS = 64
@@ -41,8 +42,11 @@ class ForceTokens(CustomLogitProcessor):
             req = params.get("__req__")
             if req is not None and len(req.get_fill_ids()) < len(req.full_untruncated_fill_ids):
                 continue
-            # The step is counted here: under overlap scheduling the request's own output lags.
+            # The step is counted here: under overlap scheduling the request's own output lags,
+            # except where it was retracted and what was under way for it was dropped.
             step = params.get(STEP, 0)
+            if req is not None and req.retraction_count != params.get(RETRACTIONS, 0):
+                step, params[RETRACTIONS] = len(req.output_ids), req.retraction_count
             params[STEP] = step + 1
             if step < len(params[TOKENS]):
                 rows.append(row)

@@ -40,9 +40,7 @@ class Scratch:
         device: torch.device,
     ) -> None:
         self.batch_size, self.longest = batch_size, longest
-        self.scores = ScoreBuffers(
-            batch_size, num_qo_heads, num_kv_heads, longest, config.combine, device
-        )
+        self.scores = ScoreBuffers(batch_size, num_kv_heads, longest, config.combine, device)
         self.selection = SelectionBuffers(self.scores)
         rows = batch_size * num_kv_heads
         # Zero is a valid index: what was never selected reads slot 0, which no request owns.

@@ -14,6 +14,10 @@ import torch
 
 COMBINE_RULES = ("nrm", "mean")
 QUEST_PAGE_SIZE = 16
+# Tokens whose scores tell how high those of a query head go: the first ones and the latest.
+NUM_ANCHORS, FIRST_ANCHORS = 16, 4
+# What a score above all of these counts for at most, in nats.
+MOST_ABOVE_ANCHORS = 30.0
 # Largest value of float8_e4m3fn.
 FP8_MAX = 448.0
 
@@ -52,8 +56,11 @@ def combine_group(scores: torch.Tensor, combine: str) -> torch.Tensor:
     """Make one score per KV head out of the scores of its query heads.
 
     Args:
-        scores: ``[..., G, L]``, float32, scaled like attention logits; ``-inf`` where no token is.
-        combine: ``nrm`` sums exp(score - that head's maximum); ``mean`` averages.
+        scores: ``[..., G, L]``, float32, scaled like attention logits; ``-inf`` where no token is,
+            after all tokens.
+        combine: ``nrm`` sums exp(score - that head's anchor), ``mean`` averages. The anchor is the
+            head's largest score among the first ``FIRST_ANCHORS`` and the latest of
+            ``NUM_ANCHORS`` tokens: nearly its maximum, without a pass over all tokens.
 
     Returns:
         ``[..., L]``, float32, ``-inf`` where no token is.
@@ -67,8 +74,14 @@ def combine_group(scores: torch.Tensor, combine: str) -> torch.Tensor:
         return scores.mean(dim=-2)
     if combine != "nrm":
         raise ValueError(f"combine must be one of {', '.join(COMBINE_RULES)}, got {combine!r}")
-    mass = (scores - scores.amax(dim=-1, keepdim=True)).exp().sum(dim=-2)
-    return mass.masked_fill(scores[..., 0, :] == -torch.inf, -torch.inf)
+    nothing = scores == -torch.inf
+    count = (~nothing).sum(dim=-1, keepdim=True)
+    places = torch.arange(NUM_ANCHORS, device=scores.device).expand(*scores.shape[:-1], -1)
+    places = torch.where(places < FIRST_ANCHORS, places, count - NUM_ANCHORS + places)
+    places = places.clamp(min=0).minimum((count - 1).clamp(min=0))
+    anchor = scores.gather(-1, places).amax(dim=-1, keepdim=True)
+    mass = (scores - anchor).clamp(max=MOST_ABOVE_ANCHORS).exp().sum(dim=-2)
+    return mass.masked_fill(nothing[..., 0, :], -torch.inf)
 
 
 def token_importance(

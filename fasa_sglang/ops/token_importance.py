@@ -10,17 +10,12 @@ import torch
 import triton
 import triton.language as tl
 
+from fasa_sglang.ops import reference
+
 # Programs a batch is cut into: enough to fill an H100's 132 processors eight deep.
 NUM_PROGRAMS = 132 * 8
 # Score of a token that is always selected.
 FORCED = float("inf")
-
-
-@triton.jit
-def _order_key(b_x):
-    """Map float32 to int32 in the same order."""
-    b_key = b_x.to(tl.int32, bitcast=True)
-    return b_key ^ ((b_key >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
@@ -105,7 +100,7 @@ def _mean_kernel(
 
 
 @triton.jit
-def _head_logits_kernel(
+def _nrm_kernel(
     q_ptr,
     labels_ptr,
     dims_ptr,
@@ -113,95 +108,72 @@ def _head_logits_kernel(
     slots_ptr,
     starts_ptr,
     seq_lens_ptr,
-    logits_ptr,
-    peaks_ptr,
+    sinks_ptr,
+    recents_ptr,
+    scores_ptr,
     sm_scale,
     q_stride,
-    logits_stride,
+    scores_stride,
     H: tl.constexpr,
     HP: tl.constexpr,
     G: tl.constexpr,
+    GP: tl.constexpr,
     D: tl.constexpr,
     F: tl.constexpr,
     FP: tl.constexpr,
     BT: tl.constexpr,
-    QP: tl.constexpr,
+    FORCED: tl.constexpr,
+    ANCHORS: tl.constexpr,
+    FIRST: tl.constexpr,
+    MOST: tl.constexpr,
 ):
     i_s, i_b = tl.program_id(0), tl.program_id(1)
     # Before the branch, so that the two loads wait together.
     seq_len, start = tl.load(seq_lens_ptr + i_b), tl.load(starts_ptr + i_b)
     if i_s * BT >= seq_len:
         return
-    # Query heads as columns that are zero outside their KV head's part of the row, so that one
-    # matrix product scores them all.
-    o_r, o_q = tl.arange(0, HP * FP)[:, None], tl.arange(0, QP)[None, :]
-    i_h, o_f = o_r // FP, o_r % FP
-    m_q = (i_h < H) & (o_f < F) & (o_q // G == i_h)
-    b_dim = tl.load(dims_ptr + i_h * F + o_f, mask=(i_h < H) & (o_f < F), other=0)
-    p_q = q_ptr + i_b.to(tl.int64) * q_stride + o_q * D + b_dim
-    b_q = tl.load(p_q, mask=m_q, other=0.0).to(tl.float32) * sm_scale
-    b_q *= tl.load(q_scale_ptr + i_h * F + o_f, mask=(i_h < H) & (o_f < F), other=0.0)
-    b_q = b_q.to(tl.float16)  # [ROW, QP]
-    o_row = tl.arange(0, HP * FP)
-    m_row = (o_row // FP < H) & (o_row % FP < F)
-    o_row = (o_row // FP) * F + o_row % FP
-    b_peak = tl.full([BT, QP], float("-inf"), tl.float32)
-    for i_t in range(i_s, tl.cdiv(seq_len, BT), tl.num_programs(0)):
-        o_t = i_t * BT + tl.arange(0, BT)
-        m_t = o_t < seq_len
-        p_slot = slots_ptr + start + o_t
-        b_slot = tl.load(p_slot, mask=m_t, other=0).to(tl.int64)
-        p_label = labels_ptr + b_slot[:, None] * (H * F) + o_row[None, :]
-        if HP == H and FP == F:
-            b_label = tl.load(p_label)  # [BT, ROW]
-        else:
-            b_label = tl.load(p_label, mask=m_row[None, :], other=0.0)
-        b_logit = tl.dot(b_label.to(tl.float16), b_q)  # [BT, QP]
-        m_labelled = (o_t < seq_len - 1)[:, None]
-        b_peak = tl.maximum(b_peak, tl.where(m_labelled, b_logit, float("-inf")))
-        p_logit = logits_ptr + (i_b * H * G + o_q).to(tl.int64) * logits_stride + o_t[:, None]
-        tl.store(p_logit, b_logit.to(tl.float16), mask=m_t[:, None] & (o_q < H * G))
-    o_p = tl.arange(0, QP)
-    b_key = _order_key(tl.max(b_peak, axis=0))
-    tl.atomic_max(peaks_ptr + i_b * H * G + o_p, b_key, mask=o_p < H * G, sem="relaxed")
-
-
-@triton.jit
-def _nrm_kernel(
-    logits_ptr,
-    peaks_ptr,
-    seq_lens_ptr,
-    sinks_ptr,
-    recents_ptr,
-    scores_ptr,
-    logits_stride,
-    scores_stride,
-    H: tl.constexpr,
-    G: tl.constexpr,
-    BT: tl.constexpr,
-    FORCED: tl.constexpr,
-):
-    i_s, i_r = tl.program_id(0), tl.program_id(1)
-    i_b = i_r // H
-    seq_len = tl.load(seq_lens_ptr + i_b)
-    if i_s * BT >= seq_len:
-        return
     sink, recent = tl.load(sinks_ptr + i_b), tl.load(recents_ptr + i_b)
+    o_h, o_f, o_g = tl.arange(0, HP), tl.arange(0, FP), tl.arange(0, GP)
+    o_hf = o_h[:, None] * F + o_f[None, :]
+    m_hf = (o_h < H)[:, None] & (o_f < F)[None, :]
+    b_dim = tl.load(dims_ptr + o_hf, mask=m_hf, other=0)[:, :, None]
+    p_q = q_ptr + i_b.to(tl.int64) * q_stride + (o_h[:, None] * G + o_g[None, :])[:, None, :] * D
+    m_q = m_hf[:, :, None] & (o_g < G)[None, None, :]
+    b_q = tl.load(p_q + b_dim, mask=m_q, other=0.0).to(tl.float32)
+    b_q *= (tl.load(q_scale_ptr + o_hf, mask=m_hf, other=0.0) * sm_scale)[:, :, None]
+    b_q = b_q.to(tl.float16)  # [HP, FP, GP]
+    o_r = tl.arange(0, HP * FP)
+    m_r = ((o_r // FP < H) & (o_r % FP < F))[None, :]
+    o_r = ((o_r // FP) * F + o_r % FP)[None, :]
+
+    p_slot = slots_ptr + start
+    o_a = tl.arange(0, ANCHORS)
+    o_a = tl.where(o_a < FIRST, o_a, seq_len - 1 - ANCHORS + o_a)
+    o_a = tl.minimum(tl.maximum(o_a, 0), tl.maximum(seq_len - 2, 0))
+    p_anchor = labels_ptr + tl.load(p_slot + o_a).to(tl.int64)[:, None] * (H * F) + o_r
+    b_anchor = tl.load(p_anchor, mask=m_r, other=0.0).to(tl.float16)
+    b_anchor = tl.permute(tl.reshape(b_anchor, [ANCHORS, HP, FP]), (1, 0, 2))
+    b_peak = tl.max(tl.dot(b_anchor, b_q), axis=1)[:, None, :]  # [HP, 1, GP]
+
     for i_t in range(i_s, tl.cdiv(seq_len, BT), tl.num_programs(0)):
         o_t = i_t * BT + tl.arange(0, BT)
         m_t = o_t < seq_len
-        b_mass = tl.zeros([BT], tl.float32)
-        for i_g in range(G):
-            i_q = (i_r * G + i_g).to(tl.int64)
-            peak = tl.load(peaks_ptr + i_q)
-            peak = (peak ^ ((peak >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-            b_logit = tl.load(logits_ptr + i_q * logits_stride + o_t, mask=m_t, other=0.0)
-            b_mass += tl.exp(b_logit.to(tl.float32) - peak)
+        b_slot = tl.load(p_slot + o_t, mask=m_t, other=0).to(tl.int64)
+        p_label = labels_ptr + b_slot[:, None] * (H * F) + o_r
+        if HP == H and FP == F:
+            b_label = tl.load(p_label)  # [BT, ROW]; slot 0 stands in for what is past the end
+        else:
+            b_label = tl.load(p_label, mask=m_r, other=0.0)
+        b_label = tl.permute(tl.reshape(b_label.to(tl.float16), [BT, HP, FP]), (1, 0, 2))
+        b_logit = tl.dot(b_label, b_q)  # [HP, BT, GP]
+        b_mass = tl.exp(tl.minimum(b_logit - b_peak, MOST))
+        b_mass = tl.sum(tl.where((o_g < G)[None, None, :], b_mass, 0.0), axis=2)  # [HP, BT]
         # The logarithm ranks alike and spreads the masses, which span many decades.
         b_score = tl.log(tl.maximum(b_mass, 1e-37))
-        m_free = (o_t >= sink) & (o_t < seq_len - recent)
-        p_score = scores_ptr + i_r.to(tl.int64) * scores_stride + o_t
-        tl.store(p_score, tl.where(m_free, b_score, FORCED), mask=m_t)
+        m_free = ((o_t >= sink) & (o_t < seq_len - recent))[None, :]
+        p_score = scores_ptr + (i_b * H + o_h).to(tl.int64)[:, None] * scores_stride + o_t[None, :]
+        b_score = tl.where(m_free, b_score, FORCED)
+        tl.store(p_score, b_score, mask=m_t[None, :] & (o_h < H)[:, None])
 
 
 class ScoreBuffers:
@@ -209,10 +181,9 @@ class ScoreBuffers:
 
     Args:
         max_batch_size: Most requests of a batch.
-        num_qo_heads: Query heads of this rank.
         num_kv_heads: KV heads of this rank.
         max_len: Longest request, in tokens.
-        combine: ``mean`` or ``nrm``; ``nrm`` needs one more row per query head.
+        combine: ``mean`` or ``nrm``.
         device: Where the kernels run.
 
     Attributes:
@@ -224,7 +195,6 @@ class ScoreBuffers:
     def __init__(
         self,
         max_batch_size: int,
-        num_qo_heads: int,
         num_kv_heads: int,
         max_len: int,
         combine: str,
@@ -233,15 +203,11 @@ class ScoreBuffers:
         rows, aligned = max_batch_size * num_kv_heads, triton.cdiv(max_len, 8) * 8
         self.combine = combine
         self.scores = torch.empty(rows, aligned, dtype=torch.float16, device=device)
-        if combine == "nrm":
-            heads = max_batch_size * num_qo_heads
-            self.logits = torch.empty(heads, aligned, dtype=torch.float16, device=device)
-            self.peaks = torch.empty(heads, dtype=torch.int32, device=device)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers."""
-        return sum(x.nbytes for x in vars(self).values() if isinstance(x, torch.Tensor))
+        return self.scores.nbytes
 
 
 def token_importance(
@@ -281,57 +247,44 @@ def token_importance(
     """
     batch_size, num_qo_heads, head_dim = q.shape
     _, num_kv_heads, width = label_cache.shape
-    splits = max(1, NUM_PROGRAMS // batch_size)
-    shape = {
-        "H": num_kv_heads,
-        "HP": triton.next_power_of_2(num_kv_heads),
-        "G": num_qo_heads // num_kv_heads,
-        "D": head_dim,
-        "F": width,
-        "FP": triton.next_power_of_2(width),
-    }
-    inputs = (q, label_cache, dominant_dims, label_scale, slots, starts, seq_lens)
-    if buffers.combine == "mean":
-        _mean_kernel[(splits, batch_size)](
-            *inputs,
-            sinks,
-            recents,
-            buffers.scores,
-            sm_scale,
-            q.stride(0),
-            buffers.scores.stride(0),
-            **shape,
-            BT=32,
-            FORCED=FORCED,
-            num_warps=4,
-        )
-        return
-    buffers.peaks.fill_(-(2**31))
-    _head_logits_kernel[(splits, batch_size)](
-        *inputs,
-        buffers.logits,
-        buffers.peaks,
-        sm_scale,
-        q.stride(0),
-        buffers.logits.stride(0),
-        **shape,
-        BT=64,
-        QP=max(16, triton.next_power_of_2(num_qo_heads)),
-        num_warps=4,
-    )
-    rows = batch_size * num_kv_heads
-    _nrm_kernel[(max(1, NUM_PROGRAMS // rows), rows)](
-        buffers.logits,
-        buffers.peaks,
+    group = num_qo_heads // num_kv_heads
+    heads = triton.next_power_of_2(num_kv_heads)
+    arguments = (
+        q,
+        label_cache,
+        dominant_dims,
+        label_scale,
+        slots,
+        starts,
         seq_lens,
         sinks,
         recents,
         buffers.scores,
-        buffers.logits.stride(0),
+        sm_scale,
+        q.stride(0),
         buffers.scores.stride(0),
-        H=num_kv_heads,
-        G=shape["G"],
-        BT=1024,
-        FORCED=FORCED,
-        num_warps=4,
+    )
+    shape = {
+        "H": num_kv_heads,
+        "HP": heads,
+        "G": group,
+        "D": head_dim,
+        "F": width,
+        "FORCED": FORCED,
+    }
+    row = triton.next_power_of_2(width)
+    grid = (max(1, NUM_PROGRAMS // batch_size), batch_size)
+    if buffers.combine == "mean":
+        _mean_kernel[grid](*arguments, **shape, FP=row, BT=32, num_warps=4)
+        return
+    _nrm_kernel[grid](
+        *arguments,
+        **shape,
+        FP=max(16, row),  # the least that a matrix product sums over
+        GP=triton.next_power_of_2(group),
+        BT=64,
+        num_warps=8,
+        ANCHORS=reference.NUM_ANCHORS,
+        FIRST=reference.FIRST_ANCHORS,
+        MOST=reference.MOST_ABOVE_ANCHORS,
     )

@@ -79,7 +79,7 @@ def test_k_statistics_describe_the_keys(tiny: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"ranker": "magic"}, "ranker must be one of separation, agreement"),
+        ({"ranker": "magic"}, "ranker must be one of deviation, separation"),
         ({"tokens": 100}, r"at least 4 \* top_k tokens, got .* tokens 100"),
         ({"num_queries": 0}, "num_queries 0"),
     ],
@@ -135,10 +135,10 @@ def held_out(dominant: DominantFCs, num_fcs: int) -> float:
     return figures["agreement"][figures["num_fcs"].index(num_fcs)]
 
 
-def test_quarter_of_the_chunks_by_separation_finds_the_top_tokens(
+def test_quarter_of_the_chunks_finds_the_top_tokens(
     smollm2_dominant: DominantFCs,
 ) -> None:
-    assert held_out(smollm2_dominant, 8) >= 0.66
+    assert held_out(smollm2_dominant, 8) >= 0.68
 
 
 @pytest.mark.slow

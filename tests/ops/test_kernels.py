@@ -149,7 +149,7 @@ def test_selection_survives_a_guess_that_is_too_high() -> None:
 
     seq_len, budget = 16384, 9000
     case = make_case((seq_len,), 1, 1, 16, 8)
-    buffers = ScoreBuffers(1, 1, 1, seq_len, "mean", DEVICE)
+    buffers = ScoreBuffers(1, 1, seq_len, "mean", DEVICE)
     position = torch.arange(seq_len, device=DEVICE)
     buffers.scores[0] = torch.where(position % 16 < 8, 100.0, 0.0) + position / seq_len
     scratch = SelectionBuffers(buffers)
@@ -180,7 +180,7 @@ def test_rows_of_few_values_are_settled_without_a_second_look(num_values: int) -
 
     seq_len, budget = 12 * ROOM if not INTERPRETED else 2 * ROOM + 7, 300
     case = make_case((seq_len,), 1, 1, 16, 8)
-    buffers = ScoreBuffers(1, 1, 1, seq_len, "mean", DEVICE)
+    buffers = ScoreBuffers(1, 1, seq_len, "mean", DEVICE)
     generator = torch.Generator(DEVICE).manual_seed(0)
     values = torch.randint(num_values, (seq_len,), generator=generator, device=DEVICE)
     buffers.scores[0, :seq_len] = values / 64

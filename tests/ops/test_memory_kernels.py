@@ -127,7 +127,7 @@ def test_selections_of_a_row_that_is_ranked_whole_are_counted() -> None:
 
     seq_len, budget = 16384, 9000
     case = make_case((seq_len,), 1, 1, 16, 8)
-    buffers = ScoreBuffers(1, 1, 1, seq_len, "mean", DEVICE)
+    buffers = ScoreBuffers(1, 1, seq_len, "mean", DEVICE)
     position = torch.arange(seq_len, device=DEVICE)
     buffers.scores[0] = torch.where(position % 16 < 8, 100.0, 0.0) + position / seq_len
     count_selections(case, buffers, [budget], [1], (0, 0))

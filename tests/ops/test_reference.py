@@ -198,6 +198,19 @@ def test_token_importance_reads_only_the_dominant_dims(
     assert torch.equal(scores(changed.flatten(1, 2)), scores(batch.q))
 
 
+def test_nrm_is_relative_to_the_first_and_latest_tokens() -> None:
+    """A token may stand out from these, but not without bound."""
+    scores = torch.zeros(2, 1, 100)
+    scores[0, 0, [2, 30, 31, 95]] = torch.tensor([1.0, 3.0, 99.0, 2.0])
+    scores[1, 0, [2, 50]] = torch.tensor([-1.0, 4.0])
+    scores[1, 0, 60:] = -torch.inf
+    mass = reference.combine_group(scores, "nrm")
+    expected = torch.tensor([-2.0, 1.0, reference.MOST_ABOVE_ANCHORS, 0.0]).exp()
+    torch.testing.assert_close(mass[0, [0, 30, 31, 95]], expected)
+    torch.testing.assert_close(mass[1, [0, 2, 50]], torch.tensor([-4.0, -5.0, 0.0]).exp())
+    assert (mass[1, 60:] == -torch.inf).all()
+
+
 def test_nrm_sums_peak_normalised_mass() -> None:
     scores = torch.tensor([[[0.0, 1.0, -torch.inf], [5.0, 3.0, -torch.inf]]])
     expected = [

@@ -107,6 +107,36 @@ def test_a_prompt_in_chunks_is_followed_from_its_first_token(
             steps(reply, [ids[0], 99])
 
 
+def test_a_retracted_request_goes_on_where_it_was(
+    random_model: Path, random_calibration: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a step under way samples for a request that is retracted is dropped: asked for again.
+
+    It counted as followed, so the reply lacked a forced token wherever the pool was too small.
+    """
+    monkeypatch.setenv("SGLANG_TEST_RETRACT", "1")
+    monkeypatch.setenv("SGLANG_TEST_RETRACT_INTERVAL", "7")
+    wanted = [list(range(base, base + 60)) for base in (100, 200, 300)]
+    with running_engine(
+        random_model,
+        {"calibration": random_calibration, "min_seq_len": 0},
+        skip_tokenizer_init=True,
+        max_total_tokens=2000,
+        enable_custom_logit_processor=True,
+    ) as engine:
+
+        async def together() -> list[dict[str, Any]]:
+            asked = (
+                engine.async_generate(input_ids=[i] * 20, **forced_request(ids, {"fasa": False}))
+                for i, ids in enumerate(wanted, start=5)
+            )
+            return await asyncio.gather(*asked)
+
+        replies = engine.loop.run_until_complete(together())
+    assert sum(reply["meta_info"]["num_retractions"] for reply in replies) > 1
+    assert [reply["output_ids"] for reply in replies] == wanted
+
+
 def test_agreement_counts_decode_steps_only() -> None:
     """The first token comes from the dense prefill, whatever the setting."""
     led, behind = Step(1, -0.1, {2: -3.0}), Step(1, -3.0, {2: -0.1})
