@@ -51,7 +51,7 @@ selectors() { # LENGTH PORT
 rules() { # CALIBRATIONS: what settings are worth, on answers instead of KL
   rule mean 31020 '{"min_seq_len": 0, "combine": "mean"}' &
   rule three-eighths 31021 '{"min_seq_len": 0, "num_fcs": 12}' &
-  rule deviation 31022 "{\"min_seq_len\": 0, \"calibration\": \"$1/deviation.safetensors\"}" &
+  rule separation 31022 "{\"min_seq_len\": 0, \"calibration\": \"$1/separation.safetensors\"}" &
   wait_for_all
 }
 
@@ -61,10 +61,11 @@ rule() { # NAME PORT SETTINGS
 
 text() {
   serve text 31002 '{"min_seq_len": 0, "max_budget": 4096, "selector": "any"}' $EAGER
-  evaluate 31002 perplexity --length 8192 --max-tokens 64 --limit 32 --selectors $ALL \
+  evaluate 31002 perplexity --length 8192 --max-tokens 64 --limit 64 --selectors $ALL \
     --budgets 128,512,2048 --out results/text
+  # What the pool holds at once: a retracted request would be prefilled again, densely.
   evaluate 31002 write-once --length 2048 --limit 100 --selectors fasa,streaming,random \
-    --budgets 512 --out results/text
+    --budgets 512 --concurrency 150 --out results/text
 }
 
 aime() {
@@ -92,7 +93,7 @@ ablations() { # CALIBRATIONS: a folder of files of `fasa calibrate` with the fla
   ablate no-recent '{"recent": 0}' &
   ablate selectors '{}' --selectors fasa,per_head,paged &
   wait_for_all
-  for name in agreement covariance deviation short prose adjacent; do
+  for name in separation agreement covariance short readme adjacent; do
     ablate "$name" '{}' --calibration "$1/$name.safetensors" &
   done
   wait_for_all

@@ -143,11 +143,17 @@ def steps(reply: Mapping[str, Any], token_ids: Sequence[int]) -> list[Step]:
 
 
 def require_followed(reply: Mapping[str, Any], token_ids: Sequence[int]) -> None:
-    """Refuse a reply that is not what was forced.
+    """Refuse a reply that is not what was forced, or not all of it by decode steps.
 
     Raises:
-        FasaError: Says where they part.
+        FasaError: Says where they part, or how often SGLang prefilled what had been decoded.
     """
+    if retractions := reply["meta_info"].get("num_retractions"):
+        raise FasaError(
+            f"the server retracted a request {retractions} times and prefilled its tokens densely, "
+            "so what it says of them is not what decoding would; lower --concurrency, or raise the "
+            "server's --max-total-tokens"
+        )
     said = list(reply["output_ids"][: len(token_ids)])
     if said == list(token_ids):
         return

@@ -284,6 +284,7 @@ def token_importance(
         GP=triton.next_power_of_2(group),
         BT=64,
         num_warps=8,
+        num_stages=2,
         ANCHORS=reference.NUM_ANCHORS,
         FIRST=reference.FIRST_ANCHORS,
         MOST=reference.MOST_ABOVE_ANCHORS,
