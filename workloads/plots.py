@@ -46,17 +46,22 @@ def plot_budgets(entries: Sequence[Mapping[str, Any]], metric: str, path: str) -
             continue
         selector, _, budget = entry["setting"].partition("-")
         if not budget:
-            axes.axhline(entry[metric], color="grey", linewidth=0.8, label=selector)
+            if metric != "kl":  # dense has none
+                axes.axhline(entry[metric], color="grey", linewidth=0.8, label=selector)
             continue
         low, high = entry[f"{metric}_interval"]
         value = entry[metric]
         lines.setdefault(selector, []).append((int(budget), value, value - low, high - value))
     for selector, points in lines.items():
-        budgets, values, below, above = zip(*sorted(points), strict=True)
+        at, values, below, above = zip(*sorted(points), strict=True)
         errors = np.maximum(np.array([below, above]), 0)
-        axes.errorbar(budgets, values, yerr=errors, fmt="o-", capsize=3, label=selector)
+        axes.errorbar(at, values, yerr=errors, fmt="o-", capsize=3, label=selector)
     axes.set_xscale("log", base=2)
+    budgets = sorted({point[0] for points in lines.values() for point in points})
+    axes.set_xticks(budgets, [str(budget) for budget in budgets])
     axes.set_xlabel("budget, tokens")
+    if metric == "kl":
+        axes.set_yscale("log")
     axes.set_ylabel(metric)
     axes.legend()
     figure.savefig(path, format="png", dpi=120)

@@ -160,10 +160,8 @@ def _nrm_kernel(
         m_t = o_t < seq_len
         b_slot = tl.load(p_slot + o_t, mask=m_t, other=0).to(tl.int64)
         p_label = labels_ptr + b_slot[:, None] * (H * F) + o_r
-        if HP == H and FP == F:
-            b_label = tl.load(p_label)  # [BT, ROW]; slot 0 stands in for what is past the end
-        else:
-            b_label = tl.load(p_label, mask=m_r, other=0.0)
+        # [BT, ROW]; slot 0 stands in for what is past the end
+        b_label = tl.load(p_label) if HP == H and FP == F else tl.load(p_label, mask=m_r, other=0.0)
         b_label = tl.permute(tl.reshape(b_label.to(tl.float16), [BT, HP, FP]), (1, 0, 2))
         b_logit = tl.dot(b_label, b_q)  # [HP, BT, GP]
         b_mass = tl.exp(tl.minimum(b_logit - b_peak, MOST))
