@@ -38,8 +38,7 @@ DEFAULT_CASES = {
     "qwen3-8b": "1x1024,8x1024,1x32768,32x8192,8x32768",
     "smollm2": "1x1024,1x8064,8x8064",
 }
-# Share of the chunks in a label, and its type.
-# Eighths of the chunks.
+# Eighths of the chunks in a label, and its type.
 LABELS = {
     "quarter-fp8": (2, "fp8"),
     "three-eighths-fp8": (3, "fp8"),
