@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # What docs/results.md shows, part by part, on one GPU: bash scripts/results.sh PART...
-# Parts: ruler-8192, ruler-16384, rules, text, aime, ablations, pruning. Rows go below results/; a
-# rerun goes on where an earlier one stopped. Needs `pip install "fasa-sglang[serve,eval]"`.
+# Parts: served-8192, served-16384, ruler-8192, ruler-16384, rules, text, aime, ablations, pruning.
+# Rows go below results/; a rerun goes on where an earlier one stopped.
+# Needs `pip install "fasa-sglang[serve,eval]"`.
 set -euo pipefail
 MODEL=qwen-coder
 ALL=fasa,oracle,quest,streaming,random
@@ -27,25 +28,30 @@ evaluate() { # PORT FLAG...
   fasa eval --concurrency 300 "${@:2}" --model "$MODEL" --base-url "http://127.0.0.1:$1"
 }
 
-ruler() { # LENGTH PORT OUT SETTINGS CONCURRENCY FLAG...
-  local out=$3 more=(--length "$1" --limit 25 --out "$3")
+ruler() { # LENGTH DOCUMENTS PORT SETTINGS OUT CONCURRENCY FLAG...; $FLAGS are the server's
+  local port=$3 out=$5 more=(--length "$1" --limit "$2" --out "$5" --settings "$4")
   local tasks="niah_multikey_2 niah_single_1 ruler_fwe ruler_noise_multikey ruler_noise_multiquery
     ruler_noise_multivalue"
   # Of these dense gets less than half.
   local hard="ruler_vt ruler_cwe niah_multikey_3"
   if [ "$1" = 8192 ]; then tasks="$tasks ruler_cwe niah_multikey_3" hard=ruler_vt; fi
-  serve "$(basename "$out")" "$2" "$4" $EAGER
-  evaluate "$2" $tasks "${more[@]}" --settings "$4" --concurrency "$5" "${@:6}"
+  serve "$(basename "$out")" "$port" "$4" $FLAGS
+  evaluate "$port" $tasks "${more[@]}" --concurrency "$6" "${@:7}"
   if [ "$out" = "results/ruler-$1" ]; then
-    evaluate "$2" $hard "${more[@]}" --settings "$4" --selectors dense
+    evaluate "$port" $hard "${more[@]}" --selectors dense
   fi
   fasa eval pool "$out"/niah* "$out"/ruler* --min-dense 0.5 --out "docs/$(basename "$out")"
 }
 
 selectors() { # LENGTH PORT
-  local POOL="--max-total-tokens $((35 * $1))" # its documents, and what is generated
-  ruler "$1" "$2" "results/ruler-$1" '{"min_seq_len": 0, "max_budget": 4096, "selector": "any"}' \
-    300 --selectors $ALL --budgets 512,2048
+  local POOL="--max-total-tokens $((35 * $1))" FLAGS=$EAGER # a task's documents and replies
+  ruler "$1" 25 "$2" '{"min_seq_len": 0, "max_budget": 4096, "selector": "any"}' \
+    "results/ruler-$1" 300 --selectors $ALL --budgets 512,2048
+}
+
+served() { # LENGTH PORT: the defaults as they are served, and four times the documents
+  local POOL="--max-total-tokens $((35 * $1))" FLAGS="--max-running-requests 96"
+  ruler "$1" 100 "$2" "{}" "results/served-$1" 96 --budgets 512,2048
 }
 
 rules() { # CALIBRATIONS: what settings are worth, on answers instead of KL
@@ -56,7 +62,8 @@ rules() { # CALIBRATIONS: what settings are worth, on answers instead of KL
 }
 
 rule() { # NAME PORT SETTINGS
-  ruler 16384 "$2" "results/ruler-16384-$1" "$3" 48 --budgets 512,2048
+  local FLAGS=$EAGER
+  ruler 16384 25 "$2" "$3" "results/ruler-16384-$1" 48 --budgets 512,2048
 }
 
 text() {
@@ -133,6 +140,8 @@ mkdir -p results
 for part in "$@"; do
   # In a shell of its own, whose end is that of its servers.
   case $part in
+    served-8192) (served 8192 31003) ;;
+    served-16384) (served 16384 31004) ;;
     ruler-8192) (selectors 8192 31000) ;;
     ruler-16384) (selectors 16384 31001) ;;
     rules) rules "${CALIBRATIONS:-.}" ;;
