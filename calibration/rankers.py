@@ -72,13 +72,13 @@ def rank_statistics(
 
 
 def _deviation(scores: torch.Tensor, top_k: int) -> torch.Tensor:
+    """``[G, C]`` of one query's ``[G, C, T]``, as the other measures."""
     centred = scores - scores.mean(dim=-1, keepdim=True)
     full = centred.sum(dim=1, keepdim=True)
     return (centred.square().mean(dim=-1) / full.square().mean(dim=-1)).sqrt()
 
 
 def _separation(scores: torch.Tensor, top_k: int) -> torch.Tensor:
-    """``[G, C]`` of one query's ``[G, C, T]``, as the other measures."""
     best = scores.sum(dim=1, keepdim=True).topk(top_k, dim=-1).indices
     at_best = scores.gather(-1, best.expand(-1, scores.shape[1], -1))
     separation = at_best.mean(dim=-1) - scores.mean(dim=-1)
