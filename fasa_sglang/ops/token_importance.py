@@ -6,6 +6,8 @@ score per KV head. Reference: ``ops.reference.token_importance``.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -16,91 +18,11 @@ from fasa_sglang.ops import reference
 NUM_PROGRAMS = 132 * 8
 # Score of a token that is always selected.
 FORCED = float("inf")
+BITS_PER_NAT = 1 / math.log(2)
 
 
 @triton.jit
-def _group_query(
-    q_ptr,
-    dims_ptr,
-    q_scale_ptr,
-    o_r,
-    i_g,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    F: tl.constexpr,
-    FP: tl.constexpr,
-    m_r,
-):
-    """The dominant dims of query head ``i_g`` of every group, in the labels' units, ``[ROW]``."""
-    i_h, o_f = o_r // FP, o_r % FP
-    b_dim = tl.load(dims_ptr + i_h * F + o_f, mask=m_r, other=0)
-    b_q = tl.load(q_ptr + (i_h * G + i_g) * D + b_dim, mask=m_r, other=0.0).to(tl.float32)
-    return b_q * tl.load(q_scale_ptr + i_h * F + o_f, mask=m_r, other=0.0)
-
-
-@triton.jit
-def _mean_kernel(
-    q_ptr,
-    labels_ptr,
-    dims_ptr,
-    q_scale_ptr,
-    slots_ptr,
-    starts_ptr,
-    seq_lens_ptr,
-    sinks_ptr,
-    recents_ptr,
-    scores_ptr,
-    sm_scale,
-    q_stride,
-    scores_stride,
-    H: tl.constexpr,
-    HP: tl.constexpr,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    F: tl.constexpr,
-    FP: tl.constexpr,
-    BT: tl.constexpr,
-    FORCED: tl.constexpr,
-):
-    i_s, i_b = tl.program_id(0), tl.program_id(1)
-    # Before the branch, so that the two loads wait together.
-    seq_len, start = tl.load(seq_lens_ptr + i_b), tl.load(starts_ptr + i_b)
-    if i_s * BT >= seq_len:
-        return
-    sink, recent = tl.load(sinks_ptr + i_b), tl.load(recents_ptr + i_b)
-    o_r, o_h = tl.arange(0, HP * FP), tl.arange(0, HP)
-    i_h, o_f = o_r // FP, o_r % FP
-    m_r = (i_h < H) & (o_f < F)
-    b_q = tl.zeros([HP * FP], tl.float32)
-    for i_g in range(G):
-        b_q += _group_query(
-            q_ptr + i_b.to(tl.int64) * q_stride, dims_ptr, q_scale_ptr, o_r, i_g, G, D, F, FP, m_r
-        )
-    b_q *= sm_scale / G
-    # Slots are under way one tile ahead, or every label would wait for two loads in a row.
-    p_slot = slots_ptr + start
-    o_next = i_s * BT + tl.arange(0, BT)
-    b_next = tl.load(p_slot + o_next, mask=o_next < seq_len, other=0)
-    for i_t in range(i_s, tl.cdiv(seq_len, BT), tl.num_programs(0)):
-        o_t = i_t * BT + tl.arange(0, BT)
-        m_t = o_t < seq_len
-        p_label = labels_ptr + b_next.to(tl.int64)[:, None] * (H * F) + (i_h * F + o_f)[None, :]
-        o_next = o_t + tl.num_programs(0) * BT
-        b_next = tl.load(p_slot + o_next, mask=o_next < seq_len, other=0)
-        if HP == H and FP == F:
-            b_label = tl.load(p_label)  # [BT, ROW]; slot 0 stands in for what is past the end
-        else:
-            b_label = tl.load(p_label, mask=m_r[None, :], other=0.0)
-        b_part = tl.reshape(b_label.to(tl.float32) * b_q[None, :], [BT, HP, FP])
-        b_score = tl.sum(b_part, axis=2)  # [BT, HP]
-        m_free = ((o_t >= sink) & (o_t < seq_len - recent))[:, None]
-        p_score = scores_ptr + (i_b * H + o_h).to(tl.int64)[None, :] * scores_stride + o_t[:, None]
-        b_score = tl.where(m_free, b_score, FORCED)
-        tl.store(p_score, b_score, mask=m_t[:, None] & (o_h < H)[None, :])
-
-
-@triton.jit
-def _nrm_kernel(
+def _importance_kernel(
     q_ptr,
     labels_ptr,
     dims_ptr,
@@ -122,6 +44,7 @@ def _nrm_kernel(
     F: tl.constexpr,
     FP: tl.constexpr,
     BT: tl.constexpr,
+    MEAN: tl.constexpr,
     FORCED: tl.constexpr,
     ANCHORS: tl.constexpr,
     FIRST: tl.constexpr,
@@ -141,19 +64,23 @@ def _nrm_kernel(
     m_q = m_hf[:, :, None] & (o_g < G)[None, None, :]
     b_q = tl.load(p_q + b_dim, mask=m_q, other=0.0).to(tl.float32)
     b_q *= (tl.load(q_scale_ptr + o_hf, mask=m_hf, other=0.0) * sm_scale)[:, :, None]
-    b_q = b_q.to(tl.float16)  # [HP, FP, GP]
+    if MEAN:
+        b_q = tl.sum(b_q, axis=2, keep_dims=True) / G
+    b_q = b_q.to(tl.float16)  # [HP, FP, GP or 1]
     o_r = tl.arange(0, HP * FP)
     m_r = ((o_r // FP < H) & (o_r % FP < F))[None, :]
     o_r = ((o_r // FP) * F + o_r % FP)[None, :]
-
     p_slot = slots_ptr + start
-    o_a = tl.arange(0, ANCHORS)
-    o_a = tl.where(o_a < FIRST, o_a, seq_len - 1 - ANCHORS + o_a)
-    o_a = tl.minimum(tl.maximum(o_a, 0), tl.maximum(seq_len - 2, 0))
-    p_anchor = labels_ptr + tl.load(p_slot + o_a).to(tl.int64)[:, None] * (H * F) + o_r
-    b_anchor = tl.load(p_anchor, mask=m_r, other=0.0).to(tl.float16)
-    b_anchor = tl.permute(tl.reshape(b_anchor, [ANCHORS, HP, FP]), (1, 0, 2))
-    b_peak = tl.max(tl.dot(b_anchor, b_q), axis=1)[:, None, :]  # [HP, 1, GP]
+
+    if not MEAN:
+        o_a = tl.arange(0, ANCHORS)
+        o_a = tl.where(o_a < FIRST, o_a, seq_len - 1 - ANCHORS + o_a)
+        o_a = tl.minimum(tl.maximum(o_a, 0), tl.maximum(seq_len - 2, 0))
+        p_anchor = labels_ptr + tl.load(p_slot + o_a).to(tl.int64)[:, None] * (H * F) + o_r
+        b_anchor = tl.load(p_anchor, mask=m_r, other=0.0).to(tl.float16)
+        b_anchor = tl.permute(tl.reshape(b_anchor, [ANCHORS, HP, FP]), (1, 0, 2))
+        b_peak = tl.max(tl.dot(b_anchor, b_q), axis=1)[:, None, :]
+        b_start = tl.broadcast_to(-b_peak, [HP, BT, GP])
 
     for i_t in range(i_s, tl.cdiv(seq_len, BT), tl.num_programs(0)):
         o_t = i_t * BT + tl.arange(0, BT)
@@ -163,11 +90,16 @@ def _nrm_kernel(
         # [BT, ROW]; slot 0 stands in for what is past the end
         b_label = tl.load(p_label) if HP == H and FP == F else tl.load(p_label, mask=m_r, other=0.0)
         b_label = tl.permute(tl.reshape(b_label.to(tl.float16), [BT, HP, FP]), (1, 0, 2))
-        b_logit = tl.dot(b_label, b_q)  # [HP, BT, GP]
-        b_mass = tl.exp(tl.minimum(b_logit - b_peak, MOST))
-        b_mass = tl.sum(tl.where((o_g < G)[None, None, :], b_mass, 0.0), axis=2)  # [HP, BT]
-        # The logarithm ranks alike and spreads the masses, which span many decades.
-        b_score = tl.log(tl.maximum(b_mass, 1e-37))
+        if MEAN:
+            b_score = tl.sum(tl.dot(b_label, b_q), axis=2)  # [HP, BT]
+        else:
+            b_mass = tl.exp2(tl.minimum(tl.dot(b_label, b_q, acc=b_start), MOST))  # [HP, BT, GP]
+            if G != GP:
+                b_mass = tl.where((o_g < G)[None, None, :], b_mass, 0.0)
+            # Masses span many decades. The bits of a float are a logarithm, linear between powers
+            # of two: it ranks alike, and a real one would be a quarter of this loop.
+            b_bits = tl.sum(b_mass, axis=2).to(tl.int32, bitcast=True)
+            b_score = b_bits.to(tl.float32) * (1 / 2**23) - 127.0
         m_free = ((o_t >= sink) & (o_t < seq_len - recent))[None, :]
         p_score = scores_ptr + (i_b * H + o_h).to(tl.int64)[:, None] * scores_stride + o_t[None, :]
         b_score = tl.where(m_free, b_score, FORCED)
@@ -238,7 +170,8 @@ def token_importance(
         sinks: First tokens of each request that are always selected, ``[B]``, int32.
         recents: Last tokens that are always selected, at least one, ``[B]``, int32.
         buffers: Receives the scores; always-selected tokens score ``FORCED``.
-            ``nrm`` scores are the logarithm of the reference's, which ranks alike.
+            ``nrm`` scores are a logarithm of the reference's, which ranks alike: of base 2 at
+            powers of two, linear between them.
         sm_scale: Multiplies ``q @ k``.
 
     Reference: :func:`fasa_sglang.ops.reference.token_importance`.
@@ -246,8 +179,8 @@ def token_importance(
     batch_size, num_qo_heads, head_dim = q.shape
     _, num_kv_heads, width = label_cache.shape
     group = num_qo_heads // num_kv_heads
-    heads = triton.next_power_of_2(num_kv_heads)
-    arguments = (
+    mean = buffers.combine == "mean"
+    _importance_kernel[(max(1, NUM_PROGRAMS // batch_size), batch_size)](
         q,
         label_cache,
         dominant_dims,
@@ -258,32 +191,21 @@ def token_importance(
         sinks,
         recents,
         buffers.scores,
-        sm_scale,
+        sm_scale if mean else sm_scale * BITS_PER_NAT,
         q.stride(0),
         buffers.scores.stride(0),
-    )
-    shape = {
-        "H": num_kv_heads,
-        "HP": heads,
-        "G": group,
-        "D": head_dim,
-        "F": width,
-        "FORCED": FORCED,
-    }
-    row = triton.next_power_of_2(width)
-    grid = (max(1, NUM_PROGRAMS // batch_size), batch_size)
-    if buffers.combine == "mean":
-        _mean_kernel[grid](*arguments, **shape, FP=row, BT=32, num_warps=4)
-        return
-    _nrm_kernel[grid](
-        *arguments,
-        **shape,
-        FP=max(16, row),  # the least that a matrix product sums over
+        H=num_kv_heads,
+        HP=triton.next_power_of_2(num_kv_heads),
+        G=group,
         GP=triton.next_power_of_2(group),
+        D=head_dim,
+        F=width,
+        FP=max(16, triton.next_power_of_2(width)),  # the least that a matrix product sums over
         BT=64,
-        num_warps=8,
-        num_stages=2,
+        MEAN=mean,
+        FORCED=FORCED,
         ANCHORS=reference.NUM_ANCHORS,
         FIRST=reference.FIRST_ANCHORS,
-        MOST=reference.MOST_ABOVE_ANCHORS,
+        MOST=reference.MOST_ABOVE_ANCHORS * BITS_PER_NAT,
+        num_warps=8,
     )

@@ -84,8 +84,7 @@ def test_kernels_of_a_decode_step(
     select_tokens(buffers, *arguments, wanted=counts, counted=case.ints(1))
     assert set(compiled) == {
         "_label_write_kernel",
-        "_mean_kernel",
-        "_nrm_kernel",
+        "_importance_kernel",
         "_guess_kernel",
         "_collect_kernel",
         "_settle_kernel",
