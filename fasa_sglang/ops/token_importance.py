@@ -14,8 +14,8 @@ import triton.language as tl
 
 from fasa_sglang.ops import reference
 
-# Programs a batch is cut into: enough to fill an H100's 132 processors eight deep.
-NUM_PROGRAMS = 132 * 8
+# Programs a batch is cut into: three for each processor of an H100.
+NUM_PROGRAMS = 132 * 3
 # Score of a token that is always selected.
 FORCED = float("inf")
 BITS_PER_NAT = 1 / math.log(2)
@@ -208,4 +208,5 @@ def token_importance(
         FIRST=reference.FIRST_ANCHORS,
         MOST=reference.MOST_ABOVE_ANCHORS * BITS_PER_NAT,
         num_warps=8,
+        num_stages=2,
     )
