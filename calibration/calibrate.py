@@ -24,7 +24,8 @@ class CalibrationSettings:
 
     Args:
         ranker: What orders the chunks; see ``rankers.rank_statistics``.
-        num_fcs: Chunks a server reads unless it is told otherwise; None takes half of them.
+        num_fcs: Chunks a server reads unless it is told otherwise; None takes
+            ``ModelShape.default_num_fcs``.
         tokens: Length of the text, in tokens of the model.
         top_k: K of the rankers and of the held-out figures, in tokens.
         num_queries: Decode-like queries sampled from the second half of the text.
@@ -103,8 +104,7 @@ def calibrate(
     """
     shape = ModelShape.from_config(model.config, interleaved)
     chunk_dims = shape.rope.chunk_dims().to(model.device)
-    half = max(1, shape.rope.num_chunks // 2)
-    num_fcs = half if settings.num_fcs is None else settings.num_fcs
+    num_fcs = shape.default_num_fcs if settings.num_fcs is None else settings.num_fcs
     shape.check_num_fcs(num_fcs)
     positions = _sample_positions(settings)
     values: list[torch.Tensor] = []

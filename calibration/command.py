@@ -36,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, default=defaults.top_k, help="K, in tokens")
     parser.add_argument("--num-queries", type=int, default=defaults.num_queries)
     parser.add_argument("--seed", type=int, default=defaults.seed)
-    parser.add_argument("--rope-layout", choices=("neox", "interleaved"), help="if not known")
+    parser.add_argument(
+        "--rope-layout", choices=("neox", "interleaved"), help="of unknown model types"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", metavar="FILE", help="write the provenance as JSON")
 

@@ -17,6 +17,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "combine": ("mean", "nrm"),
     "label_dtype": ("fp8", "bf16"),
     "prune_rule": ("fasa", "random", "oldest"),
+    "rope_layout": ("auto", "neox", "interleaved"),
     "selector": ("fasa", "oracle", "streaming", "random", "quest", "paged", "per_head", "any"),
 }
 # What a request may choose from on a server whose selector is "any".
@@ -44,6 +45,8 @@ class FasaConfig:
         num_dense_layers: Leading layers that keep full attention.
         label_dtype: Element type of the label cache: ``fp8`` (e4m3, relative to the calibration's
             mean and spread of each dim) or ``bf16``.
+        rope_layout: Which head dims RoPE rotates together: ``auto`` goes by the model's type,
+            ``neox`` and ``interleaved`` are for a type that is not known.
         min_seq_len: Steps of requests shorter than this many tokens stay dense.
         selector: What ranks the tokens; all but ``fasa`` are for comparison runs: the exact
             softmax weights (``oracle``), StreamingLLM, chance, Quest, FASA's own scores by pages
@@ -74,6 +77,7 @@ class FasaConfig:
     combine: str = "nrm"
     num_dense_layers: int = 1
     label_dtype: str = "fp8"
+    rope_layout: str = "auto"
     min_seq_len: int = 2048
     selector: str = "fasa"
     seed: int = 0
@@ -125,6 +129,11 @@ class FasaConfig:
                 f"budget must be from sink + recent + 1 = {self.sink + self.recent + 1} to "
                 f"max_budget = {self.max_budget} tokens, got {self.budget}"
             )
+
+    @property
+    def interleaved(self) -> bool | None:
+        """The layout as ``rope_layout_from_config`` takes it."""
+        return None if self.rope_layout == "auto" else self.rope_layout == "interleaved"
 
     @classmethod
     def load(cls, explicit: Mapping[str, Any] | None = None) -> FasaConfig:

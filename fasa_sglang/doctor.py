@@ -147,12 +147,12 @@ def _configuration(calibration: str | None) -> str:
 def _model(model: str, calibration: str | None) -> str:
     from transformers import AutoConfig
 
+    config = FasaConfig.load({"calibration": calibration} if calibration else None)
     try:
-        shape = ModelShape.from_config(AutoConfig.from_pretrained(model))
+        shape = ModelShape.from_config(AutoConfig.from_pretrained(model), config.interleaved)
     except OSError as error:
         reason = str(error).splitlines()[0]
         raise FasaError(f"cannot read the config of {model} ({reason})") from error
-    config = FasaConfig.load({"calibration": calibration} if calibration else None)
     if config.calibration is not None:
         DominantFCs.load(config.calibration).check_model(shape, config.calibration)
     rope = shape.rope

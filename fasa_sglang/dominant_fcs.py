@@ -17,7 +17,10 @@ from safetensors.torch import load, save
 from fasa_sglang.errors import CalibrationError, CalibrationMismatchError, UnsupportedModelError
 from fasa_sglang.rope import RopeLayout, rope_layout_from_config
 
-FORMAT = 2
+# Raised too where a change of the defaults asks for calibrations anew that were kept by "auto".
+FORMAT = 3
+# What a head ranks tokens by does not shrink with it: half of a small head's chunks say too little.
+LEAST_FCS = 24
 # One metadata key: safetensors does not keep the order of several, and equal calibrations
 # must be equal byte by byte.
 METADATA_KEY = "fasa"
@@ -62,6 +65,11 @@ class ModelShape:
             num_kv_heads=getattr(text, "num_key_value_heads", None) or num_qo_heads,
             rope=rope_layout_from_config(text, interleaved),
         )
+
+    @property
+    def default_num_fcs(self) -> int:
+        """Chunks to read per KV head: half of them, but ``LEAST_FCS`` at least if there are."""
+        return min(self.rope.num_chunks, max(LEAST_FCS, self.rope.num_chunks // 2))
 
     def check_num_fcs(self, num_fcs: int) -> None:
         """Refuse a number of chunks that a head does not have.

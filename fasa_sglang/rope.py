@@ -116,7 +116,8 @@ def rope_layout_from_config(config: Any, interleaved: bool | None = None) -> Rop
             raise UnsupportedModelError(
                 f"the rotary layout of model type {model_type!r} is not known, expected one of "
                 f"{', '.join(sorted(ROPE_INTERLEAVED))}; if you know it, pass "
-                "--rope-layout neox or --rope-layout interleaved to fasa calibrate"
+                "--rope-layout neox or --rope-layout interleaved to fasa calibrate, and the same "
+                "rope_layout to the server"
             )
         interleaved = ROPE_INTERLEAVED[model_type]
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

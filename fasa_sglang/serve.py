@@ -59,7 +59,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
     overrides, rest = _take_overrides(rest)
     settings = {**overrides.get("fasa", {}), **_settings(args)}
     config = FasaConfig.load(settings)
-    path, origin = _calibration(args.model, config.calibration, console)
+    path, origin = _calibration(args.model, config, console)
     settings["calibration"] = str(path)
     dominant = DominantFCs.load(path)
     command = [sys.executable, "-P", "-m", "sglang.launch_server", "--model-path", args.model]
@@ -119,10 +119,10 @@ def _json_object(text: str, source: str) -> dict[str, Any]:
     return value
 
 
-def _calibration(model: str, given: str | None, console: Console) -> tuple[Path, str]:
+def _calibration(model: str, config: FasaConfig, console: Console) -> tuple[Path, str]:
     """The file to use, and where it came from."""
-    if given not in (None, "auto"):
-        return Path(str(given)), "given"
+    if config.calibration not in (None, "auto"):
+        return Path(str(config.calibration)), "given"
     path = cached_calibration(model)
     if path.exists():
         return path, "kept from an earlier run"
@@ -131,6 +131,8 @@ def _calibration(model: str, given: str | None, console: Console) -> tuple[Path,
     part = path.with_suffix(f".part-{os.getpid()}.safetensors")
     # In a process of its own, so that no model stays in the GPU's memory.
     command = own_command("calibrate", "--model", model, "--out", str(part))
+    if config.rope_layout != "auto":
+        command += ["--rope-layout", config.rope_layout]
     done = subprocess.run(command, stdout=subprocess.DEVNULL)
     if done.returncode:
         raise FasaError(f"{model} could not be calibrated; the lines above say why")

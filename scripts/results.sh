@@ -68,7 +68,7 @@ rule() { # NAME PORT SETTINGS
 
 text() {
   serve text 31002 '{"min_seq_len": 0, "max_budget": 4096, "selector": "any"}' $EAGER
-  evaluate 31002 perplexity --length 8192 --max-tokens 64 --limit 64 --selectors $ALL \
+  evaluate 31002 perplexity --length 8192 --max-tokens 128 --limit 64 --selectors $ALL \
     --budgets 128,512,2048 --out results/text
   # What the pool holds at once: a retracted request would be prefilled again, densely.
   evaluate 31002 write-once --length 2048 --limit 100 --selectors fasa,streaming,random \
@@ -100,9 +100,10 @@ ablations() { # CALIBRATIONS: a folder of files of `fasa calibrate` with the fla
   ablate no-recent '{"recent": 0}' &
   ablate selectors '{}' --selectors fasa,per_head,paged &
   wait_for_all
-  for name in separation agreement covariance short readme adjacent; do
+  for name in separation agreement covariance short readme; do
     ablate "$name" '{}' --calibration "$1/$name.safetensors" &
   done
+  ablate adjacent '{"rope_layout": "interleaved"}' --calibration "$1/adjacent.safetensors" &
   wait_for_all
 }
 

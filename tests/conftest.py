@@ -127,7 +127,7 @@ def tiny_calibration(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) 
     from fasa_sglang.calibration.calibrate import CalibrationSettings, calibrate, load_model
 
     model, tokenizer = load_model(str(tiny_path), "cpu")
-    settings = CalibrationSettings(tokens=512, top_k=32, num_queries=8)
+    settings = CalibrationSettings(num_fcs=8, tokens=512, top_k=32, num_queries=8)
     dominant = calibrate(model, tokenizer, corpus.default_text(), corpus.held_out_text(), settings)
     path = tmp_path_factory.mktemp("calibration") / "tiny.safetensors"
     dominant.save(path)

@@ -51,7 +51,11 @@ def wait_for_lines(process: subprocess.Popen[Any], log: Path) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_first_start_calibrates_and_the_second_does_not(tiny_path: Path, tmp_path: Path) -> None:
-    flags = ("--default", "auto", "--settings", '{"min_seq_len": 16, "label_dtype": "bf16"}')
+    """Of a layout that is said to be another one, which the server has to be told as well."""
+    settings = (
+        '{"min_seq_len": 16, "label_dtype": "bf16", "num_fcs": 8, "rope_layout": "interleaved"}'
+    )
+    flags = ("--default", "auto", "--settings", settings)
     for time_of_start, origin in enumerate(("made now", "kept from an earlier run")):
         port = free_port()
         process, log = start(tiny_path, tmp_path, port, "--budget", "64", *flags)

@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
         model, overrides = served_model(args.shape, Path(work))
         shape = ModelShape.from_config(load_config(model))
         calibration = str(Path(work) / "calibration.safetensors")
-        num_fcs = shape.rope.num_chunks // 2
+        num_fcs = shape.default_num_fcs
         any_chunks(shape, num_fcs).save(calibration)
         settings = {
             "calibration": calibration,

@@ -146,7 +146,7 @@ def load_dominant_fcs(model_config: Any) -> tuple[DominantFCs, int]:
                 f"serve {model_config.model_path}"
             )
     dominant = DominantFCs.load(path)
-    dominant.check_model(ModelShape.from_config(model_config.hf_config), path)
+    dominant.check_model(ModelShape.from_config(model_config.hf_config, config.interleaved), path)
     num_fcs = config.num_fcs or dominant.num_fcs
     dominant.model.check_num_fcs(num_fcs)
     model_config.fasa_dominant_fcs = dominant, num_fcs
