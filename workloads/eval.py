@@ -32,7 +32,7 @@ from rich.table import Table
 
 from fasa_sglang import __version__
 from fasa_sglang.calibration import corpus
-from fasa_sglang.calibration_cache import model_fingerprint
+from fasa_sglang.calibration_cache import cached_calibration, model_fingerprint
 from fasa_sglang.config import SELECTORS
 from fasa_sglang.errors import FasaError
 from fasa_sglang.workloads.client import server_info
@@ -74,6 +74,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, default=4096, help="tokens of prompts that are made")
     parser.add_argument("--max-tokens", type=int, help="of a reply; default: the task's own")
     parser.add_argument("--temperature", type=float, default=0.0, help="of sgl-eval's tasks")
+    parser.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        help="of agreement's continuations; above 1 keeps them from going in circles",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--text", metavar="FILE", help="text of made prompts; default: Python's own"
@@ -126,6 +132,7 @@ def run(args: argparse.Namespace) -> None:
         args.max_tokens,
         args.seed,
         args.temperature,
+        args.repetition_penalty,
         text,
     )
     jobs = [_job(task, model, tokenizer, options, args) for task in tasks]
@@ -148,7 +155,8 @@ def _job(task: Task, model: str, tokenizer: Any, options: Options, args: Any) ->
         **task.conditions(options),
         "server": args.settings,
         "request": args.request,
-        "calibration": _sha256(args.calibration),
+        # A kept one is told by its name, which says what the defaults were.
+        "calibration": _sha256(args.calibration) or cached_calibration(model).name,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "fasa_sglang": __version__,
         "sglang": version("sglang"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fasa_sglang.workloads.client import Client
-from fasa_sglang.workloads.forced import Step
+from fasa_sglang.workloads.forced import Step, shared_start
 from fasa_sglang.workloads.settings import DENSE, Setting
 from fasa_sglang.workloads.tasks.base import (
     Options,
@@ -24,10 +24,14 @@ class Agreement(OwnTask):
     """The dense continuation of a text is forced, and at each step compared.
 
     Metrics: top-1 agreement with dense, next-token KL to it, and the share of the continuation
-    that a free greedy run would have had before its first other token.
+    before the first token of which the best is another than dense's.
     """
 
     metrics = ("top1", "kl", "followed")
+
+    def conditions(self, options: Options) -> dict[str, Any]:
+        """The continuation's penalty is one of them."""
+        return {**super().conditions(options), "repetition_penalty": options.repetition_penalty}
 
     def samples(self, tokenizer: Any, options: Options) -> list[Sample]:
         """A piece of the text each."""
@@ -43,14 +47,15 @@ class Agreement(OwnTask):
         key = (session.url, sample.name)
         dense = Setting(DENSE)
         if key not in self._references:
-            wanted = (await complete(sample, dense, session, client))["output_ids"]
+            penalty = session.options.repetition_penalty
+            wanted = (await complete(sample, dense, session, client, penalty))["output_ids"]
             self._references[key] = await forced(sample, wanted, dense, session, client)
         densely, theirs = self._references[key]
         wanted = [step.token_id for step in theirs]
         reply, mine = densely, theirs
         if setting != dense:
             reply, mine = await forced(sample, wanted, setting, session, client)
-        followed = next((i for i, step in enumerate(mine) if step.lead < 0), len(mine))
+        followed = shared_start([step.best for step in mine], [step.best for step in theirs])
         found = compared(mine, theirs) if len(mine) > 1 else {"top1": 1.0, "kl": 0.0}
         metrics = {"top1": found["top1"], "kl": found["kl"], "followed": followed / len(mine)}
         return metrics, reply

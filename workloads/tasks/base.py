@@ -28,6 +28,7 @@ class Options:
         max_tokens: Most tokens of a reply; None leaves it to the task.
         seed: Of prompts and of the ``random`` selector.
         temperature: Of tasks that sample.
+        repetition_penalty: Of the continuations that ``agreement`` forces.
         text: Of prompts that are made from text.
     """
 
@@ -37,6 +38,7 @@ class Options:
     max_tokens: int | None
     seed: int
     temperature: float
+    repetition_penalty: float
     text: Text
 
 
@@ -225,7 +227,11 @@ def require_room(samples: Sequence[Sample], context_len: int) -> None:
 
 
 async def complete(
-    sample: Sample, setting: Setting, session: Session, client: Client
+    sample: Sample,
+    setting: Setting,
+    session: Session,
+    client: Client,
+    repetition_penalty: float = 1.0,
 ) -> dict[str, Any]:
     """The greedy reply to a sample."""
     return await client.generate(
@@ -233,6 +239,7 @@ async def complete(
             "input_ids": sample.prompt,
             "sampling_params": {
                 "temperature": 0,
+                "repetition_penalty": repetition_penalty,
                 "max_new_tokens": sample.max_new_tokens,
                 "custom_params": {"fasa": session.fasa(setting)},
             },
