@@ -11,4 +11,7 @@ ruff format --check .
 (cd "$FASA_VENV" && mypy --config-file "$OLDPWD/pyproject.toml" -p fasa_sglang)
 # Triton chooses its interpreter when it is imported, so the kernels have a process of their own.
 TRITON_INTERPRET=1 pytest -q tests/ops/test_*kernels.py
-exec pytest "$@"
+# Two files at a time, for most of it waits for servers to start. With more threads those of one
+# would spin while the other computes.
+export OMP_NUM_THREADS=1
+exec pytest -n 2 --dist loadfile "$@"

