@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from fasa_sglang.cli import main, own_command
+from fasa_sglang.workloads.server import running_server
 from fasa_sglang.workloads.settings import Setting, needs_choosing, parse_settings
 from fasa_sglang.workloads.tasks.base import Sample, require_room
 
@@ -21,8 +22,10 @@ BUDGET = ["--budgets", "128"]
 
 def evaluate(out: Path, calibration: str, *arguments: str) -> subprocess.Popen[str]:
     command = own_command("eval", *arguments, *BUDGET, "--out", str(out))
+    # Else its pool takes half of the memory that is free, beside other tests' servers.
+    command += ["--calibration", calibration, "--flags=--max-total-tokens 20000"]
     return subprocess.Popen(
-        [*command, "--calibration", calibration],
+        command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -43,22 +46,12 @@ def summary(out: Path, task: str) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_interrupted_and_resumed_it_gives_the_same_summary(
-    tmp_path: Path, smollm2_calibration: str
+    tmp_path: Path, smollm2_path: Path, smollm2_calibration: str
 ) -> None:
+    """The first run starts its server and is ended with it, the others use one that runs."""
     asked = ["perplexity", "--limit", "2", "--length", "600", "--max-tokens", "10"]
     asked += ["--selectors", "fasa,streaming"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    done = evaluate(whole, smollm2_calibration, *asked)
-    said = done.communicate(timeout=900)[0]
-    assert done.returncode == 0, said[-3000:]
-    expected = summary(whole, "perplexity")
-    assert list(expected) == ["dense", "fasa-128", "streaming-128"]
-    assert all(entry["samples"] == 2 for entry in expected.values())
-    assert expected["dense"]["kl"] == 0
-    assert 0 < expected["fasa-128"]["kl"] < expected["streaming-128"]["kl"]
-    assert expected["fasa-128"]["kv_read_ratio"] < 0.3
-    assert [path.name for path in whole.glob("*/kl.png")] == ["kl.png"]
-
     first = evaluate(cut, smollm2_calibration, *asked)
     deadline = time.monotonic() + 600
     while sum(len(path.read_text().splitlines()) for path in cut.glob("*/rows.jsonl")) < 3:
@@ -73,10 +66,21 @@ def test_interrupted_and_resumed_it_gives_the_same_summary(
     [rows] = cut.glob("*/rows.jsonl")
     before = rows.read_text()
     assert 3 <= len(before.splitlines()) < 6
-    second = evaluate(cut, smollm2_calibration, *asked)
-    said = second.communicate(timeout=900)[0]
-    assert second.returncode == 0, said[-3000:]
+    settings = {"min_seq_len": 0, "selector": "any", "calibration": smollm2_calibration}
+    flags = ["--enable-custom-logit-processor", "--max-total-tokens", "20000"]
+    with running_server(str(smollm2_path), "--settings", json.dumps(settings), *flags) as url:
+        for out in (cut, whole):
+            done = evaluate(out, smollm2_calibration, *asked, "--base-url", url)
+            said = done.communicate(timeout=900)[0]
+            assert done.returncode == 0, said[-3000:]
     assert rows.read_text().startswith(before), "what was there was asked for again"
+    expected = summary(whole, "perplexity")
+    assert list(expected) == ["dense", "fasa-128", "streaming-128"]
+    assert all(entry["samples"] == 2 for entry in expected.values())
+    assert expected["dense"]["kl"] == 0
+    assert 0 < expected["fasa-128"]["kl"] < expected["streaming-128"]["kl"]
+    assert expected["fasa-128"]["kv_read_ratio"] < 0.3
+    assert [path.name for path in whole.glob("*/kl.png")] == ["kl.png"]
     # A prompt that was in the prefix cache is summed in another order.
     for setting, entry in summary(cut, "perplexity").items():
         for metric in ("kl", "nll", "top1", "nll_interval", "kv_read_ratio"):
