@@ -55,15 +55,16 @@ served() { # LENGTH PORT: the defaults as they are served, and four times the do
 }
 
 rules() { # CALIBRATIONS: what settings are worth, on answers instead of KL
-  rule mean 31020 '{"min_seq_len": 0, "combine": "mean"}' &
-  rule three-eighths 31021 '{"min_seq_len": 0, "num_fcs": 12}' &
-  rule separation 31022 "{\"min_seq_len\": 0, \"calibration\": \"$1/separation.safetensors\"}" &
+  rule half 31020 '"num_fcs": 16' &
+  rule mean 31021 '"num_fcs": 16, "combine": "mean"' &
+  rule three-eighths 31022 '"num_fcs": 12' &
+  rule separation 31023 "\"num_fcs\": 16, \"calibration\": \"$1/separation.safetensors\"" &
   wait_for_all
 }
 
-rule() { # NAME PORT SETTINGS
+rule() { # NAME PORT SETTINGS, without their braces
   local FLAGS=$EAGER
-  ruler 16384 25 "$2" "$3" "results/ruler-16384-$1" 48 --budgets 512,2048
+  ruler 16384 25 "$2" "{\"min_seq_len\": 0, $3}" "results/ruler-16384-$1" 48 --budgets 512,2048
 }
 
 text() {
@@ -80,30 +81,32 @@ aime() {
     --concurrency 60 --out results/aime --flags "$POOL"
 }
 
-ablate() { # NAME SETTINGS [FLAG...]
+ablate() { # NAME CHUNKS SETTINGS [FLAG...]; SETTINGS without its braces
   fasa eval perplexity --model $MODEL --length 8192 --max-tokens 64 --limit 32 --concurrency 64 \
-    --budgets 256,512,2048 --settings "$2" --out "results/ablations/$1" "${@:3}" \
-    --flags "--max-total-tokens 200000 $EAGER"
+    --budgets 256,512,2048 --settings "{\"num_fcs\": $2${3:+, $3}}" --out "results/ablations/$1" \
+    "${@:4}" --flags "--max-total-tokens 200000 $EAGER"
 }
 
 ablations() { # CALIBRATIONS: a folder of files of `fasa calibrate` with the flags of their names
-  ablate default '{}' &
-  ablate bf16 '{"label_dtype": "bf16"}' &
-  ablate mean '{"combine": "mean"}' &
-  ablate three-eighths '{"num_fcs": 12}' &
-  ablate quarter '{"num_fcs": 8}' &
-  ablate quarter-mean '{"num_fcs": 8, "combine": "mean"}' &
+  # Most by half of the chunks, as larger heads are read by default.
+  ablate half 16 '' &
+  ablate three-quarters 24 '' &
+  ablate three-eighths 12 '' &
+  ablate quarter 8 '' &
+  ablate quarter-mean 8 '"combine": "mean"' &
+  ablate mean 16 '"combine": "mean"' &
   wait_for_all
-  ablate dense-0 '{"num_dense_layers": 0}' &
-  ablate dense-2 '{"num_dense_layers": 2}' &
-  ablate no-sink '{"sink": 0}' &
-  ablate no-recent '{"recent": 0}' &
-  ablate selectors '{}' --selectors fasa,per_head,paged &
+  ablate bf16 16 '"label_dtype": "bf16"' &
+  ablate dense-0 16 '"num_dense_layers": 0' &
+  ablate dense-2 16 '"num_dense_layers": 2' &
+  ablate no-sink 16 '"sink": 0' &
+  ablate no-recent 16 '"recent": 0' &
+  ablate selectors 16 '' --selectors fasa,per_head,paged &
   wait_for_all
   for name in separation agreement covariance short readme; do
-    ablate "$name" '{}' --calibration "$1/$name.safetensors" &
+    ablate "$name" 16 '' --calibration "$1/$name.safetensors" &
   done
-  ablate adjacent '{"rope_layout": "interleaved"}' --calibration "$1/adjacent.safetensors" &
+  ablate adjacent 16 '"rope_layout": "interleaved"' --calibration "$1/adjacent.safetensors" &
   wait_for_all
 }
 
