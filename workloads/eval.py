@@ -32,8 +32,9 @@ from rich.table import Table
 
 from fasa_sglang import __version__
 from fasa_sglang.calibration import corpus
-from fasa_sglang.calibration_cache import cached_calibration, model_fingerprint
+from fasa_sglang.calibration_cache import model_fingerprint
 from fasa_sglang.config import SELECTORS
+from fasa_sglang.dominant_fcs import FORMAT
 from fasa_sglang.errors import FasaError
 from fasa_sglang.workloads.client import server_info
 from fasa_sglang.workloads.models import load_config, load_tokenizer
@@ -155,8 +156,8 @@ def _job(task: Task, model: str, tokenizer: Any, options: Options, args: Any) ->
         **task.conditions(options),
         "server": args.settings,
         "request": args.request,
-        # A kept one is told by its name, which says what the defaults were.
-        "calibration": _sha256(args.calibration) or cached_calibration(model).name,
+        # Of a kept one the model is said above, and the format says what the defaults were.
+        "calibration": _sha256(args.calibration) or f"kept, format {FORMAT}",
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "fasa_sglang": __version__,
         "sglang": version("sglang"),
