@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -140,12 +142,23 @@ def test_quarter_of_the_chunks_finds_the_top_tokens(
     assert held_out(smollm2_dominant, 8) >= 0.68
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Two beside another load spin until the other comes, which is CPU time as well."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 def test_rankers_and_layouts_on_smollm2(smollm2_path: Path) -> None:
     """By agreement, the paper's ranker; with true pairs and with its code's adjacent dims."""
     model, tokenizer = load_model(str(smollm2_path), "cpu")
     figures = {}
     for interleaved in (False, True):
+        start = time.process_time()
         made = calibrate(
             model,
             tokenizer,
@@ -154,6 +167,7 @@ def test_rankers_and_layouts_on_smollm2(smollm2_path: Path) -> None:
             CalibrationSettings(ranker="agreement"),
             interleaved=interleaved,
         )
+        assert time.process_time() - start < 180
         figures[interleaved] = held_out(made, 8)
     assert figures[False] >= 0.58
     assert figures[True] < figures[False] - 0.01
