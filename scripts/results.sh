@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What docs/results.md shows, part by part, on one GPU: bash scripts/results.sh PART...
-# Parts: served-8192, served-16384, ruler-8192, ruler-16384, rules, text, aime, ablations, pruning.
+# Parts: served-8192, served-16384, ruler-8192, ruler-16384, rules, text, write-once, aime,
+# ablations, pruning.
 # Rows go below results/; a rerun goes on where an earlier one stopped.
 # Needs `pip install "fasa-sglang[serve,eval]"`.
 set -euo pipefail
@@ -12,7 +13,8 @@ EAGER="--cuda-graph-backend-decode disabled --cuda-graph-backend-prefill disable
 
 serve() { # NAME PORT SETTINGS [FLAG...]: a server in the background, until this shell ends
   local folder
-  folder="$(python3 -c "from fasa_sglang.workloads.packaged_models import find_model; print(find_model('$MODEL'))")"
+  # Without -P the checkout's own folders would hide the installed package.
+  folder="$(python3 -P -c "from fasa_sglang.workloads.packaged_models import find_model; print(find_model('$MODEL'))")"
   fasa serve "$folder" --port "$2" --settings "$3" --enable-custom-logit-processor \
     --sampling-backend pytorch --grammar-backend none --log-level error $POOL "${@:4}" \
     > "results/server-$1.log" 2>&1 &
@@ -71,8 +73,12 @@ text() {
   serve text 31002 '{"min_seq_len": 0, "max_budget": 4096, "selector": "any"}' $EAGER
   evaluate 31002 perplexity --length 8192 --max-tokens 128 --limit 64 --selectors $ALL \
     --budgets 128,512,2048 --out results/text
+}
+
+write_once() {
+  serve write-once 31005 '{"min_seq_len": 0, "max_budget": 4096, "selector": "any"}' $EAGER
   # What the pool holds at once: a retracted request would be prefilled again, densely.
-  evaluate 31002 write-once --length 2048 --limit 100 --selectors fasa,streaming,random \
+  evaluate 31005 write-once --length 2048 --limit 100 --selectors fasa,oracle,streaming,random \
     --budgets 512 --concurrency 150 --out results/text
 }
 
@@ -152,6 +158,7 @@ for part in "$@"; do
     ruler-16384) (selectors 16384 31001) ;;
     rules) rules "${CALIBRATIONS:-.}" ;;
     text) (text) ;;
+    write-once) (write_once) ;;
     aime) aime ;;
     ablations) (ablations "${CALIBRATIONS:-.}") ;;
     pruning) (pruning) ;;
