@@ -2,7 +2,9 @@
 
 Every row of logits is replaced by its log-probabilities, the wanted token's by ``BIAS``, so that
 greedy decoding takes it. What is returned is then every token's log-probability less ``BIAS``,
-except the wanted one's, which is carried by a token that nobody asks for. The engine needs
+except the wanted one's, which a token that is not wanted carries, lifted above all others: it is
+among the best returned. (To ask for one token's by ``token_ids_logprob`` ends SGLang up to 0.5.17
+where other requests share the batch: sgl-project/sglang#34719.) The engine needs
 ``enable_custom_logit_processor=True``.
 """
 
@@ -20,6 +22,8 @@ from fasa_sglang.errors import FasaError
 
 # Larger than any log-probability, and small enough to leave float32 ones exact to 1e-5.
 BIAS = 100.0
+# Of the carrier, above every log-probability.
+LIFT = BIAS / 2
 TOKENS = "forced_token_ids"
 STEP = "forced_step"
 RETRACTIONS = "forced_retractions"
@@ -55,7 +59,8 @@ class ForceTokens(CustomLogitProcessor):
         if rows:
             held = logits[rows].log_softmax(dim=-1)
             places = list(range(len(rows)))
-            held[places, carriers] = held[places, forced]
+            # Less likely than exp(1 - LIFT) all count as that.
+            held[places, carriers] = LIFT + held[places, forced].clamp(min=1 - LIFT)
             held[places, forced] = BIAS
             logits[rows] = held
         return logits
@@ -115,9 +120,8 @@ def forced_request(
         },
         "custom_logit_processor": ForceTokens.to_str(),
         "return_logprob": True,
-        # The forced token and the carrier may be among them.
+        # The forced token and the carrier are among them.
         "top_logprobs_num": top_tokens + 2,
-        "token_ids_logprob": [carrier],
     }
 
 
@@ -130,15 +134,10 @@ def steps(reply: Mapping[str, Any], token_ids: Sequence[int]) -> list[Step]:
     require_followed(reply, token_ids)
     meta = reply["meta_info"]
     result = []
-    for forced, top, carried in zip(
-        token_ids,
-        meta["output_top_logprobs"],
-        meta["output_token_ids_logprobs"],
-        strict=False,
-    ):
-        [(logprob, carrier, *_)] = carried
-        others = {token: value + BIAS for value, token, *_ in top if token not in (forced, carrier)}
-        result.append(Step(forced, logprob + BIAS, others))
+    for forced, top in zip(token_ids, meta["output_top_logprobs"], strict=False):
+        others = {token: value + BIAS for value, token, *_ in top if token != forced}
+        carrier = max(others, key=lambda token: others[token])
+        result.append(Step(forced, others.pop(carrier) - LIFT, others))
     return result
 
 

@@ -14,6 +14,7 @@ from fasa_sglang.errors import FasaError
 from fasa_sglang.workloads.engine import running_engine
 from fasa_sglang.workloads.forced import (
     BIAS,
+    LIFT,
     ForceTokens,
     Step,
     agreement,
@@ -62,18 +63,50 @@ def test_the_processor_forces_and_leaves_every_probability_readable() -> None:
             assert made[i].argmax() == ids[number]
             top = [(float(v), t, None) for t, v in enumerate(made[i])]
             carrier = params[i]["forced_carrier"]
-            reply = {
-                "output_ids": [ids[number]],
-                "meta_info": {
-                    "output_top_logprobs": [top],
-                    "output_token_ids_logprobs": [[(float(made[i][carrier]), carrier, None)]],
-                },
-            }
+            reply = {"output_ids": [ids[number]], "meta_info": {"output_top_logprobs": [top]}}
             [got] = steps(reply, [ids[number]])
             assert got.logprob == pytest.approx(float(held[ids[number]]), abs=2e-5)
             for token, logprob in got.others.items():
                 assert logprob == pytest.approx(float(held[token]), abs=2e-5)
             assert carrier not in got.others and ids[number] not in got.others
+
+
+def test_an_unlikely_forced_token_is_still_the_carriers() -> None:
+    rows = torch.zeros(1, 10)
+    rows[0, 3] = -200
+    params = [forced_request([3], {})["sampling_params"]["custom_params"]]
+    made = ForceTokens()(rows, params).log_softmax(dim=-1)
+    top = [(float(made[0][t]), t, None) for t in made[0].topk(4).indices.tolist()]
+    [got] = steps({"output_ids": [3], "meta_info": {"output_top_logprobs": [top]}}, [3])
+    assert got.logprob == pytest.approx(1 - LIFT, abs=1e-4)
+    assert all(value == pytest.approx(-math.log(9), abs=1e-4) for value in got.others.values())
+
+
+def test_forced_and_other_requests_share_a_batch(
+    random_model: Path, random_calibration: str
+) -> None:
+    """One request with ``token_ids_logprob`` beside one without ended a server of SGLang 0.5.17."""
+    body = forced_request(list(range(40, 60)), {"fasa": False})
+    assert "token_ids_logprob" not in body
+    plain = {"sampling_params": {"temperature": 0, "max_new_tokens": 20, "ignore_eos": True}}
+    with running_engine(
+        random_model,
+        {"calibration": random_calibration, "min_seq_len": 0},
+        skip_tokenizer_init=True,
+        max_total_tokens=2000,
+        enable_custom_logit_processor=True,
+    ) as engine:
+
+        async def together() -> list[dict[str, Any]]:
+            asked = (
+                engine.async_generate(input_ids=[i] * 20, **request)
+                for i, request in enumerate([body, plain], start=5)
+            )
+            return await asyncio.gather(*asked)
+
+        forced, free = engine.loop.run_until_complete(together())
+    assert [made.token_id for made in steps(forced, range(40, 60))] == list(range(40, 60))
+    assert len(free["output_ids"]) == 20
 
 
 def test_a_prompt_in_chunks_is_followed_from_its_first_token(
