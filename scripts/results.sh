@@ -70,14 +70,15 @@ rule() { # NAME PORT SETTINGS, without their braces
 }
 
 text() {
+  # All segments at once: a retracted request would be prefilled again, densely.
+  local POOL="--max-total-tokens 700000"
   serve text 31002 '{"min_seq_len": 0, "max_budget": 4096, "selector": "any"}' $EAGER
   evaluate 31002 perplexity --length 8192 --max-tokens 128 --limit 64 --selectors $ALL \
-    --budgets 128,512,2048 --out results/text
+    --budgets 128,512,2048 --concurrency 64 --out results/text
 }
 
 write_once() {
   serve write-once 31005 '{"min_seq_len": 0, "max_budget": 4096, "selector": "any"}' $EAGER
-  # What the pool holds at once: a retracted request would be prefilled again, densely.
   evaluate 31005 write-once --length 2048 --limit 100 --selectors fasa,oracle,streaming,random \
     --budgets 512 --concurrency 150 --out results/text
 }
