@@ -137,9 +137,10 @@ prune() { # RULE PORT
   local request='{"prune": "generated", "prune_budget": 256}'
   local more=(--budgets 256 --settings "$settings" --request "$request" --out "results/pruning-$1")
   serve "pruning-$1" "$2" "$settings" --max-running-requests 96
-  # Without a penalty the model's greedy text goes in circles, which any rule gets right.
-  evaluate "$2" agreement --length 1024 --max-tokens 768 --limit 96 --repetition-penalty 1.1 \
-    "${more[@]}"
+  # Without a penalty the model's greedy text goes in circles, which any rule gets right, and many
+  # end before anything is pruned.
+  evaluate "$2" agreement --length 128 --max-tokens 1024 --limit 96 --repetition-penalty 1.1 \
+    --ignore-eos "${more[@]}"
   evaluate "$2" perplexity --length 2048 --max-tokens 1024 --limit 48 "${more[@]}"
   evaluate "$2" write-once --length 2048 --limit 48 "${more[@]}"
 }

@@ -81,6 +81,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=1.0,
         help="of agreement's continuations; above 1 keeps them from going in circles",
     )
+    parser.add_argument(
+        "--ignore-eos",
+        action="store_true",
+        help="agreement's continuations go on where the model would end them",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--text", metavar="FILE", help="text of made prompts; default: Python's own"
@@ -134,6 +139,7 @@ def run(args: argparse.Namespace) -> None:
         args.seed,
         args.temperature,
         args.repetition_penalty,
+        args.ignore_eos,
         text,
     )
     jobs = [_job(task, model, tokenizer, options, args) for task in tasks]

@@ -30,8 +30,8 @@ class Agreement(OwnTask):
     metrics = ("top1", "kl", "followed")
 
     def conditions(self, options: Options) -> dict[str, Any]:
-        """The continuation's penalty is one of them."""
-        return {**super().conditions(options), "repetition_penalty": options.repetition_penalty}
+        """How the continuation is made is one of them."""
+        return {**super().conditions(options), **_sampling(options)}
 
     def samples(self, tokenizer: Any, options: Options) -> list[Sample]:
         """A piece of the text each."""
@@ -47,8 +47,8 @@ class Agreement(OwnTask):
         key = (session.url, sample.name)
         dense = Setting(DENSE)
         if key not in self._references:
-            penalty = session.options.repetition_penalty
-            wanted = (await complete(sample, dense, session, client, penalty))["output_ids"]
+            sampling = _sampling(session.options)
+            wanted = (await complete(sample, dense, session, client, **sampling))["output_ids"]
             self._references[key] = await forced(sample, wanted, dense, session, client)
         densely, theirs = self._references[key]
         wanted = [step.token_id for step in theirs]
@@ -59,3 +59,7 @@ class Agreement(OwnTask):
         found = compared(mine, theirs) if len(mine) > 1 else {"top1": 1.0, "kl": 0.0}
         metrics = {"top1": found["top1"], "kl": found["kl"], "followed": followed / len(mine)}
         return metrics, reply
+
+
+def _sampling(options: Options) -> dict[str, Any]:
+    return {"repetition_penalty": options.repetition_penalty, "ignore_eos": options.ignore_eos}

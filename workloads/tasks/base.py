@@ -29,6 +29,7 @@ class Options:
         seed: Of prompts and of the ``random`` selector.
         temperature: Of tasks that sample.
         repetition_penalty: Of the continuations that ``agreement`` forces.
+        ignore_eos: These go on where the model would end them.
         text: Of prompts that are made from text.
     """
 
@@ -39,6 +40,7 @@ class Options:
     seed: int
     temperature: float
     repetition_penalty: float
+    ignore_eos: bool
     text: Text
 
 
@@ -231,15 +233,15 @@ async def complete(
     setting: Setting,
     session: Session,
     client: Client,
-    repetition_penalty: float = 1.0,
+    **sampling: Any,
 ) -> dict[str, Any]:
-    """The greedy reply to a sample."""
+    """The greedy reply to a sample; ``sampling`` are further parameters of SGLang's."""
     return await client.generate(
         {
             "input_ids": sample.prompt,
             "sampling_params": {
                 "temperature": 0,
-                "repetition_penalty": repetition_penalty,
+                **sampling,
                 "max_new_tokens": sample.max_new_tokens,
                 "custom_params": {"fasa": session.fasa(setting)},
             },
