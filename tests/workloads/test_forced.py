@@ -31,6 +31,21 @@ def step(logits: torch.Tensor, forced: int, shown: int) -> Step:
     return Step(forced, float(held[forced]), others)
 
 
+def together(
+    engine: Any, prompts: list[list[int]], bodies: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Replies to requests that decode in one batch."""
+
+    async def ask() -> list[dict[str, Any]]:
+        asked = (
+            engine.async_generate(input_ids=prompt, **body)
+            for prompt, body in zip(prompts, bodies, strict=True)
+        )
+        return await asyncio.gather(*asked)
+
+    return engine.loop.run_until_complete(ask())
+
+
 def test_divergence_is_exact_over_all_tokens_and_a_lower_bound_over_few() -> None:
     torch.manual_seed(0)
     for _ in range(20):
@@ -96,15 +111,7 @@ def test_forced_and_other_requests_share_a_batch(
         max_total_tokens=2000,
         enable_custom_logit_processor=True,
     ) as engine:
-
-        async def together() -> list[dict[str, Any]]:
-            asked = (
-                engine.async_generate(input_ids=[i] * 20, **request)
-                for i, request in enumerate([body, plain], start=5)
-            )
-            return await asyncio.gather(*asked)
-
-        forced, free = engine.loop.run_until_complete(together())
+        forced, free = together(engine, [[5] * 20, [6] * 20], [body, plain])
     assert [made.token_id for made in steps(forced, range(40, 60))] == list(range(40, 60))
     assert len(free["output_ids"]) == 20
 
@@ -124,15 +131,7 @@ def test_a_prompt_in_chunks_is_followed_from_its_first_token(
         max_total_tokens=2000,
         enable_custom_logit_processor=True,
     ) as engine:
-
-        async def together() -> list[dict[str, Any]]:
-            asked = (
-                engine.async_generate(input_ids=prompt, **body)
-                for prompt, body in zip(prompts, bodies, strict=True)
-            )
-            return await asyncio.gather(*asked)
-
-        replies = engine.loop.run_until_complete(together())
+        replies = together(engine, prompts, bodies)
     for reply, ids in zip(replies, wanted, strict=True):
         assert reply["output_ids"] == ids
         assert [made.token_id for made in steps(reply, ids)] == ids
@@ -157,15 +156,8 @@ def test_a_retracted_request_goes_on_where_it_was(
         max_total_tokens=2000,
         enable_custom_logit_processor=True,
     ) as engine:
-
-        async def together() -> list[dict[str, Any]]:
-            asked = (
-                engine.async_generate(input_ids=[i] * 20, **forced_request(ids, {"fasa": False}))
-                for i, ids in enumerate(wanted, start=5)
-            )
-            return await asyncio.gather(*asked)
-
-        replies = engine.loop.run_until_complete(together())
+        bodies = [forced_request(ids, {"fasa": False}) for ids in wanted]
+        replies = together(engine, [[i] * 20 for i in range(5, 8)], bodies)
     assert sum(reply["meta_info"]["num_retractions"] for reply in replies) > 1
     assert [reply["output_ids"] for reply in replies] == wanted
     with pytest.raises(FasaError, match="prefilled its tokens densely"):
