@@ -74,17 +74,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=1, help="replies per problem of sgl-eval's")
     parser.add_argument("--length", type=int, default=4096, help="tokens of prompts that are made")
     parser.add_argument("--max-tokens", type=int, help="of a reply; default: the task's own")
-    parser.add_argument("--temperature", type=float, default=0.0, help="of sgl-eval's tasks")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="of sgl-eval's tasks, and of agreement's continuations",
+    )
     parser.add_argument(
         "--repetition-penalty",
         type=float,
         default=1.0,
-        help="of agreement's continuations; above 1 keeps them from going in circles",
+        help="of agreement's continuations",
     )
     parser.add_argument(
-        "--ignore-eos",
-        action="store_true",
-        help="agreement's continuations go on where the model would end them",
+        "--min-tokens",
+        type=int,
+        default=0,
+        help="agreement's continuations do not end before",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -139,7 +145,7 @@ def run(args: argparse.Namespace) -> None:
         args.seed,
         args.temperature,
         args.repetition_penalty,
-        args.ignore_eos,
+        args.min_tokens,
         text,
     )
     jobs = [_job(task, model, tokenizer, options, args) for task in tasks]

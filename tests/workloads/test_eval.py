@@ -93,7 +93,7 @@ def test_every_kind_of_task_runs(tmp_path: Path, smollm2_calibration: str) -> No
     """Ours, sgl-eval's with its runner, and lm-eval's, in one command on one server."""
     tasks = ["needle", "write-once", "agreement", "aime24", "ruler_noise_multikey"]
     small = ["--limit", "1", "--length", "1024", "--max-tokens", "12"]
-    small += ["--repetition-penalty", "1.2", "--ignore-eos"]
+    small += ["--repetition-penalty", "1.2", "--temperature", "0.5", "--min-tokens", "12"]
     done = evaluate(tmp_path, smollm2_calibration, *tasks, *small)
     said = done.communicate(timeout=1500)[0]
     assert done.returncode == 0, said[-3000:]
@@ -107,10 +107,10 @@ def test_every_kind_of_task_runs(tmp_path: Path, smollm2_calibration: str) -> No
     followed = [entry["followed"] for entry in summary(tmp_path, "aime24").values()]
     assert followed[0] == 1 and 0 < followed[1] <= 1
     assert len(list(tmp_path.glob("needle-*/depths-*.png"))) == 2
-    keys = ("repetition_penalty", "ignore_eos")
+    keys = ("repetition_penalty", "min_new_tokens")
     conditions = [json.loads(path.read_text()) for path in tmp_path.glob("*/conditions.json")]
     sampling = {made["task"]: tuple(map(made.get, keys)) for made in conditions}
-    assert sampling == {**dict.fromkeys(tasks, (None, None)), "agreement": (1.2, True)}
+    assert sampling == {**dict.fromkeys(tasks, (None, None)), "agreement": (1.2, 12)}
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+from contextlib import suppress
 from typing import Any
 
+from fasa_sglang.calibration_cache import cache_dir
 from fasa_sglang.workloads.client import Client
 from fasa_sglang.workloads.forced import Step, shared_start
 from fasa_sglang.workloads.settings import DENSE, Setting
@@ -22,6 +27,10 @@ REPLY_TOKENS = 128
 
 class Agreement(OwnTask):
     """The dense continuation of a text is forced, and at each step compared.
+
+    Sampled at temperature 1, the mean KL estimates how far, per token, the distributions of whole
+    continuations are apart; greedy continuations of small models go in circles. One is made once
+    and kept in the user's cache, so that runs of other settings are of the same tokens.
 
     Metrics: top-1 agreement with dense, next-token KL to it, and the share of the continuation
     before the first token of which the best is another than dense's.
@@ -43,12 +52,11 @@ class Agreement(OwnTask):
         self, sample: Sample, setting: Setting, session: Session, client: Client
     ) -> tuple[dict[str, float], dict[str, Any]]:
         """Decode densely, then force that."""
+        dense = Setting(DENSE)
         # Each server has its own: what two of them round differently is not the setting's doing.
         key = (session.url, sample.name)
-        dense = Setting(DENSE)
         if key not in self._references:
-            sampling = _sampling(session.options)
-            wanted = (await complete(sample, dense, session, client, **sampling))["output_ids"]
+            wanted = await _continuation(sample, session, client)
             self._references[key] = await forced(sample, wanted, dense, session, client)
         densely, theirs = self._references[key]
         wanted = [step.token_id for step in theirs]
@@ -61,5 +69,28 @@ class Agreement(OwnTask):
         return metrics, reply
 
 
+async def _continuation(sample: Sample, session: Session, client: Client) -> list[int]:
+    sampling = _sampling(session.options)
+    model, seed = session.results.conditions["model"], session.options.seed
+    key = json.dumps([model, seed, sampling, sample.max_new_tokens, sample.prompt])
+    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+    path = cache_dir() / "continuations" / f"{digest}.json"
+    if not path.exists():
+        reply = await complete(sample, Setting(DENSE), session, client, **sampling)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".part-{os.getpid()}")
+        part.write_text(json.dumps(reply["output_ids"]))
+        # At once, and the first of several runs wins.
+        with suppress(FileExistsError):
+            path.hardlink_to(part)
+        part.unlink()
+    tokens: list[int] = json.loads(path.read_text())
+    return tokens
+
+
 def _sampling(options: Options) -> dict[str, Any]:
-    return {"repetition_penalty": options.repetition_penalty, "ignore_eos": options.ignore_eos}
+    return {
+        "temperature": options.temperature,
+        "repetition_penalty": options.repetition_penalty,
+        "min_new_tokens": options.min_tokens,
+    }

@@ -27,9 +27,9 @@ class Options:
         length: Tokens of a prompt, where a task makes its prompts.
         max_tokens: Most tokens of a reply; None leaves it to the task.
         seed: Of prompts and of the ``random`` selector.
-        temperature: Of tasks that sample.
-        repetition_penalty: Of the continuations that ``agreement`` forces.
-        ignore_eos: These go on where the model would end them.
+        temperature: Of tasks that sample, and of the continuations that ``agreement`` forces.
+        repetition_penalty: Of these continuations.
+        min_tokens: Their least length.
         text: Of prompts that are made from text.
     """
 
@@ -40,7 +40,7 @@ class Options:
     seed: int
     temperature: float
     repetition_penalty: float
-    ignore_eos: bool
+    min_tokens: int
     text: Text
 
 
@@ -235,7 +235,7 @@ async def complete(
     client: Client,
     **sampling: Any,
 ) -> dict[str, Any]:
-    """The greedy reply to a sample; ``sampling`` are further parameters of SGLang's."""
+    """The reply to a sample, greedy unless ``sampling``, more of SGLang's parameters, says."""
     return await client.generate(
         {
             "input_ids": sample.prompt,
