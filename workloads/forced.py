@@ -20,10 +20,11 @@ from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 
 from fasa_sglang.errors import FasaError
 
-# Larger than any log-probability, and small enough to leave float32 ones exact to 1e-5.
-BIAS = 100.0
-# Of the carrier, above every log-probability.
-LIFT = BIAS / 2
+# Logit of the wanted token, and what lifts the carrier above all others.
+BIAS, LIFT = 60.0, 30.0
+# What is less likely counts as this. Beside sampled requests SGLang returns the logarithm of a
+# float32 probability, and e^(FLOOR - BIAS) is the least of these.
+FLOOR = -27.0
 TOKENS = "forced_token_ids"
 STEP = "forced_step"
 RETRACTIONS = "forced_retractions"
@@ -59,8 +60,7 @@ class ForceTokens(CustomLogitProcessor):
         if rows:
             held = logits[rows].log_softmax(dim=-1)
             places = list(range(len(rows)))
-            # Less likely than exp(1 - LIFT) all count as that.
-            held[places, carriers] = LIFT + held[places, forced].clamp(min=1 - LIFT)
+            held[places, carriers] = LIFT + held[places, forced].clamp(min=FLOOR)
             held[places, forced] = BIAS
             logits[rows] = held
         return logits
@@ -135,7 +135,7 @@ def steps(reply: Mapping[str, Any], token_ids: Sequence[int]) -> list[Step]:
     meta = reply["meta_info"]
     result = []
     for forced, top in zip(token_ids, meta["output_top_logprobs"], strict=False):
-        others = {token: value + BIAS for value, token, *_ in top if token != forced}
+        others = {token: max(value + BIAS, FLOOR) for value, token, *_ in top if token != forced}
         carrier = max(others, key=lambda token: others[token])
         result.append(Step(forced, others.pop(carrier) - LIFT, others))
     return result
