@@ -134,12 +134,13 @@ pruning() {
 prune() { # RULE PORT
   local settings="{\"min_seq_len\": 0, \"prune_rule\": \"$1\", \"prune_interval\": 32,
     \"prune_recent\": 64, \"prune_grace\": 32}"
-  local request='{"prune": "generated", "prune_budget": 256}'
+  local request='{"recent": 8, "prune": "generated", "prune_budget": 256}'
   local more=(--budgets 128 --settings "$settings" --request "$request" --out "results/pruning-$1")
   serve "pruning-$1" "$2" "$settings" --max-running-requests 128
-  # Sampled, as greedy ones go in circles, which any rule gets right.
+  # Sampled, as greedy continuations go in circles. Of a budget of 128 the usual 32 of the last
+  # tokens would leave little to choose.
   evaluate "$2" agreement --length 128 --max-tokens 1024 --limit 128 --temperature 1 \
-    --min-tokens 1024 "${more[@]}"
+    --ignore-eos "${more[@]}"
   evaluate "$2" perplexity --length 2048 --max-tokens 1024 --limit 48 "${more[@]}"
   evaluate "$2" write-once --length 2048 --limit 48 "${more[@]}"
 }

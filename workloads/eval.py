@@ -87,10 +87,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of agreement's continuations",
     )
     parser.add_argument(
-        "--min-tokens",
-        type=int,
-        default=0,
-        help="agreement's continuations do not end before",
+        "--ignore-eos",
+        action="store_true",
+        help="agreement's continuations go on where the model would end them",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -145,7 +144,7 @@ def run(args: argparse.Namespace) -> None:
         args.seed,
         args.temperature,
         args.repetition_penalty,
-        args.min_tokens,
+        args.ignore_eos,
         text,
     )
     jobs = [_job(task, model, tokenizer, options, args) for task in tasks]

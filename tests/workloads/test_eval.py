@@ -89,11 +89,36 @@ def test_interrupted_and_resumed_it_gives_the_same_summary(
 
 
 @pytest.mark.slow
+def test_agreement_forces_one_continuation_in_all_runs(
+    tmp_path: Path, smollm2_path: Path, smollm2_calibration: str
+) -> None:
+    """Rules of pruning were once compared on what each one's server had drawn for itself."""
+    asked = ["agreement", "--limit", "1", "--length", "64", "--max-tokens", "12"]
+    # A seed that nothing is kept of.
+    asked += ["--temperature", "1", "--ignore-eos", "--seed", str(time.time_ns())]
+    settings = {"min_seq_len": 0, "calibration": smollm2_calibration}
+    flags = ["--enable-custom-logit-processor", "--max-total-tokens", "20000"]
+    with running_server(str(smollm2_path), "--settings", json.dumps(settings), *flags) as url:
+        for recent in (8, 16):
+            more = ["--base-url", url, "--request", json.dumps({"recent": recent})]
+            done = evaluate(tmp_path / str(recent), smollm2_calibration, *asked, *more)
+            said = done.communicate(timeout=600)[0]
+            assert done.returncode == 0, said[-3000:]
+    rows = [
+        json.loads(line)
+        for path in tmp_path.glob("*/*/rows.jsonl")
+        for line in path.read_text().splitlines()
+    ]
+    assert [row["completion_tokens"] for row in rows] == [12] * 4
+    assert len({row["text"] for row in rows}) == 1
+
+
+@pytest.mark.slow
 def test_every_kind_of_task_runs(tmp_path: Path, smollm2_calibration: str) -> None:
     """Ours, sgl-eval's with its runner, and lm-eval's, in one command on one server."""
     tasks = ["needle", "write-once", "agreement", "aime24", "ruler_noise_multikey"]
     small = ["--limit", "1", "--length", "1024", "--max-tokens", "12"]
-    small += ["--repetition-penalty", "1.2", "--temperature", "0.5", "--min-tokens", "12"]
+    small += ["--repetition-penalty", "1.2", "--temperature", "0.5", "--ignore-eos"]
     done = evaluate(tmp_path, smollm2_calibration, *tasks, *small)
     said = done.communicate(timeout=1500)[0]
     assert done.returncode == 0, said[-3000:]
@@ -107,10 +132,10 @@ def test_every_kind_of_task_runs(tmp_path: Path, smollm2_calibration: str) -> No
     followed = [entry["followed"] for entry in summary(tmp_path, "aime24").values()]
     assert followed[0] == 1 and 0 < followed[1] <= 1
     assert len(list(tmp_path.glob("needle-*/depths-*.png"))) == 2
-    keys = ("repetition_penalty", "min_new_tokens")
+    keys = ("repetition_penalty", "ignore_eos")
     conditions = [json.loads(path.read_text()) for path in tmp_path.glob("*/conditions.json")]
     sampling = {made["task"]: tuple(map(made.get, keys)) for made in conditions}
-    assert sampling == {**dict.fromkeys(tasks, (None, None)), "agreement": (1.2, 12)}
+    assert sampling == {**dict.fromkeys(tasks, (None, None)), "agreement": (1.2, True)}
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,8 @@ from fasa_sglang.workloads.tasks.base import (
 from fasa_sglang.workloads.tasks.perplexity import compared, forced
 
 REPLY_TOKENS = 128
+# Added to a logit.
+NEVER = -1e4
 
 
 class Agreement(OwnTask):
@@ -76,7 +78,10 @@ async def _continuation(sample: Sample, session: Session, client: Client) -> lis
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     path = cache_dir() / "continuations" / f"{digest}.json"
     if not path.exists():
-        reply = await complete(sample, Setting(DENSE), session, client, **sampling)
+        # What follows an end is another text, of which the reply so far says nothing. By
+        # min_new_tokens, SGLang 0.5.17 let most continuations of an H100 end all the same.
+        bias = {str(session.tokenizer.eos_token_id): NEVER} if session.options.ignore_eos else None
+        reply = await complete(sample, Setting(DENSE), session, client, **sampling, logit_bias=bias)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".part-{os.getpid()}")
         part.write_text(json.dumps(reply["output_ids"]))
@@ -92,5 +97,5 @@ def _sampling(options: Options) -> dict[str, Any]:
     return {
         "temperature": options.temperature,
         "repetition_penalty": options.repetition_penalty,
-        "min_new_tokens": options.min_tokens,
+        "ignore_eos": options.ignore_eos,
     }

@@ -29,7 +29,7 @@ class Options:
         seed: Of prompts and of the ``random`` selector.
         temperature: Of tasks that sample, and of the continuations that ``agreement`` forces.
         repetition_penalty: Of these continuations.
-        min_tokens: Their least length.
+        ignore_eos: These do without the model's end of a turn.
         text: Of prompts that are made from text.
     """
 
@@ -40,7 +40,7 @@ class Options:
     seed: int
     temperature: float
     repetition_penalty: float
-    min_tokens: int
+    ignore_eos: bool
     text: Text
 
 
