@@ -10,6 +10,7 @@ where other requests share the batch: sgl-project/sglang#34719.) The engine need
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -188,3 +189,21 @@ def divergence(reference: Step, step: Step) -> float:
         max(1e-7, 1 - sum(math.exp(held[token]) for token in shared)) for held in (theirs, mine)
     )
     return max(0.0, total + rest * math.log(rest / other_rest))
+
+
+def sampled_divergence(reference: Step, step: Step) -> float:
+    """The same where the forced token was drawn from ``reference``, in nats, and exact on average.
+
+    The best tokens of both runs are summed up; of the others the forced one, where it is among
+    them, speaks for all. A single step's may be negative.
+    """
+    mine, theirs = _best(step), _best(reference)
+    shared = mine.keys() & theirs.keys()
+    total = sum(math.exp(theirs[token]) * (theirs[token] - mine[token]) for token in shared)
+    return total if step.token_id in shared else total + reference.logprob - step.logprob
+
+
+def _best(step: Step) -> dict[int, float]:
+    """As many tokens as were returned beside the forced one, so that it decides nothing."""
+    held = {**step.others, step.token_id: step.logprob}
+    return dict(heapq.nlargest(len(step.others), held.items(), key=lambda item: item[1]))

@@ -19,6 +19,7 @@ from fasa_sglang.workloads.forced import (
     agreement,
     divergence,
     forced_request,
+    sampled_divergence,
     steps,
 )
 
@@ -56,6 +57,22 @@ def test_divergence_is_exact_over_all_tokens_and_a_lower_bound_over_few() -> Non
         bounds = [divergence(step(one, 7, n), step(other, 7, n)) for n in (2, 10, 30)]
         assert all(0 <= bound <= exact * (1 + 1e-4) for bound in bounds)
     assert divergence(step(one, 7, 10), step(one, 7, 10)) == pytest.approx(0, abs=1e-6)
+
+
+def test_divergence_of_drawn_tokens_is_exact_on_average() -> None:
+    """A lower bound by 64 tokens leaves out what a high temperature spreads over all others."""
+    torch.manual_seed(0)
+    for shown in (1, 4, 20):
+        p, q = (torch.randn(2, 40) * 2).log_softmax(dim=-1)
+        exact = float((p.exp() * (p - q)).sum())
+        found = 0.0
+        for drawn in range(40):
+            made = []
+            for held in (p, q):
+                best = [i for i in held.argsort(descending=True).tolist() if i != drawn][:shown]
+                made.append(Step(drawn, float(held[drawn]), {i: float(held[i]) for i in best}))
+            found += float(p[drawn].exp()) * sampled_divergence(*made)
+        assert found == pytest.approx(exact, rel=1e-4)
 
 
 def test_the_processor_forces_and_leaves_every_probability_readable() -> None:

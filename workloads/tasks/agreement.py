@@ -10,7 +10,7 @@ from typing import Any
 
 from fasa_sglang.calibration_cache import cache_dir
 from fasa_sglang.workloads.client import Client
-from fasa_sglang.workloads.forced import Step, shared_start
+from fasa_sglang.workloads.forced import Step, divergence, sampled_divergence, shared_start
 from fasa_sglang.workloads.settings import DENSE, Setting
 from fasa_sglang.workloads.tasks.base import (
     Options,
@@ -30,9 +30,10 @@ NEVER = -1e4
 class Agreement(OwnTask):
     """The dense continuation of a text is forced, and at each step compared.
 
-    Sampled at temperature 1, the mean KL estimates how far, per token, the distributions of whole
-    continuations are apart; greedy continuations of small models go in circles. One is made once
-    and kept in the user's cache, so that runs of other settings are of the same tokens.
+    Sampled at temperature 1, the mean KL counts all tokens and says how far, per token, the
+    distributions of whole continuations are apart; greedy ones of small models go in circles.
+    One is made once and kept in the user's cache, so that runs of other settings are of the same
+    tokens.
 
     Metrics: top-1 agreement with dense, next-token KL to it, and the share of the continuation
     before the first token of which the best is another than dense's.
@@ -66,7 +67,8 @@ class Agreement(OwnTask):
         if setting != dense:
             reply, mine = await forced(sample, wanted, setting, session, client)
         followed = shared_start([step.best for step in mine], [step.best for step in theirs])
-        found = compared(mine, theirs) if len(mine) > 1 else {"top1": 1.0, "kl": 0.0}
+        kl = sampled_divergence if session.options.temperature == 1 else divergence
+        found = compared(mine, theirs, kl) if len(mine) > 1 else {"top1": 1.0, "kl": 0.0}
         metrics = {"top1": found["top1"], "kl": found["kl"], "followed": followed / len(mine)}
         return metrics, reply
 

@@ -6,7 +6,7 @@ over what sparse steps before it wrote.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fasa_sglang.errors import FasaError
@@ -69,7 +69,11 @@ async def forced(
     return reply, steps(reply, wanted)
 
 
-def compared(made: Sequence[Step], reference: Sequence[Step]) -> dict[str, float]:
+def compared(
+    made: Sequence[Step],
+    reference: Sequence[Step],
+    divergence: Callable[[Step, Step], float] = divergence,
+) -> dict[str, float]:
     """Means over the decode steps; the first step is the prefill's, which is dense in all."""
     pairs = list(zip(made[1:], reference[1:], strict=True))
     return {
