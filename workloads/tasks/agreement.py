@@ -67,7 +67,9 @@ class Agreement(OwnTask):
         if setting != dense:
             reply, mine = await forced(sample, wanted, setting, session, client)
         followed = shared_start([step.best for step in mine], [step.best for step in theirs])
-        kl = sampled_divergence if session.options.temperature == 1 else divergence
+        # Only what dense's own distribution gave stands for the tokens that were not returned.
+        drawn = session.options.temperature == session.options.repetition_penalty == 1
+        kl = sampled_divergence if drawn else divergence
         found = compared(mine, theirs, kl) if len(mine) > 1 else {"top1": 1.0, "kl": 0.0}
         metrics = {"top1": found["top1"], "kl": found["kl"], "followed": followed / len(mine)}
         return metrics, reply
