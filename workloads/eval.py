@@ -50,7 +50,13 @@ from fasa_sglang.workloads.results import (
     summary_table,
 )
 from fasa_sglang.workloads.server import running_server, server_url
-from fasa_sglang.workloads.settings import Setting, json_object, needs_choosing, parse_settings
+from fasa_sglang.workloads.settings import (
+    DENSE,
+    Setting,
+    json_object,
+    needs_choosing,
+    parse_settings,
+)
 from fasa_sglang.workloads.tasks import find_task
 from fasa_sglang.workloads.tasks.base import Options, Session, Task
 
@@ -63,8 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "tasks",
         nargs="+",
         metavar="TASK",
-        help="perplexity, agreement, needle, write-once, agent, or a task of sgl-eval or lm-eval; "
-        "or: compare FOLDER FOLDER; or: pool FOLDER...",
+        help="perplexity, agreement, needle, write-once, cloze, agent, or a task of sgl-eval or "
+        "lm-eval; or: compare FOLDER FOLDER; or: pool FOLDER...",
     )
     parser.add_argument("--model", default="smollm2", help=MODEL_HELP)
     parser.add_argument("--base-url", metavar="URL", help="of a server that runs, with FASA")
@@ -275,8 +281,8 @@ def _report(job: Job, console: Console) -> None:
     console.print(summary_table(f"{job.task.name}: {results.folder}", entries, metrics))
     report = {"conditions": results.conditions, "settings": entries}
     (results.folder / SUMMARY).write_text(json.dumps(report, indent=2) + "\n")
-    if any(entry["setting"] != "dense" for entry in entries):
-        for metric in metrics:
+    for metric in metrics:
+        if any(metric in entry for entry in entries if entry["setting"] != DENSE):
             plot_budgets(entries, metric, str(results.folder / f"{metric}.png"))
     if all("depth" in row.info for row in results.rows):
         for entry in entries:

@@ -244,8 +244,15 @@ def compare(one: Path, other: Path) -> tuple[dict[str, Any], list[dict[str, Any]
     entries = []
     for setting in sorted({setting for setting, _ in shared}, key=setting_order):
         pairs = [(rows[0][key], rows[1][key]) for key in shared if key[0] == setting]
-        for metric in pairs[0][0].metrics:
-            both = [(a.metrics[metric], b.metrics[metric]) for a, b in pairs if metric in b.metrics]
+        # A sample may have nothing that a metric counts.
+        for metric in dict.fromkeys(metric for a, _ in pairs for metric in a.metrics):
+            both = [
+                (a.metrics[metric], b.metrics[metric])
+                for a, b in pairs
+                if metric in a.metrics and metric in b.metrics
+            ]
+            if not both:
+                continue
             differences = [b - a for a, b in both]
             entries.append(
                 {

@@ -106,6 +106,19 @@ def test_compare_pairs_folders_and_says_what_was_changed(tmp_path: Path) -> None
     assert differences == {"dense": 0.0, "fasa-64": pytest.approx(2 / 3)}
 
 
+def test_compare_pairs_what_both_have_of_a_metric(tmp_path: Path) -> None:
+    """A sample that comes back to no word after 128 tokens says nothing of such words."""
+    said = {"a": [{"near": 1.0}, {"near": 0.0, "far": 0.0}], "b": [{"near": 1.0}, {"far": 1.0}]}
+    for name, rows in said.items():
+        results = Results(tmp_path / name, CONDITIONS_OF_A_RUN)
+        for i, metrics in enumerate(rows):
+            results.add(Row(str(i), "dense", metrics))
+        results.close()
+    _, entries = compare(tmp_path / "a", tmp_path / "b")
+    found = {entry["metric"]: (entry["samples"], entry["difference"]) for entry in entries}
+    assert found == {"near": (1, 0.0), "far": (1, 1.0)}
+
+
 def test_compare_refuses_rows_of_other_conditions(tmp_path: Path) -> None:
     filled(tmp_path / "a", {"dense": [1]})
     filled(tmp_path / "b", {"dense": [1]}, limit=7)

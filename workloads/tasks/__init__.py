@@ -13,6 +13,7 @@ OWN = {
     "agreement": ("agreement", "Agreement"),
     "needle": ("needle", "Needle"),
     "write-once": ("write_once", "WriteOnce"),
+    "cloze": ("cloze", "Cloze"),
     "agent": ("agent_loop", "AgentLoop"),
 }
 # Names of other harnesses, each with its prefix left out: sgl-eval's "aime24", lm-eval's
