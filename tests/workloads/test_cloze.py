@@ -75,11 +75,13 @@ def test_dense_gets_what_the_model_gets_and_pruning_loses_some(
     command += ["--flags=--max-total-tokens 20000", "--out", str(tmp_path)]
     assert main(command) == 0
     [path] = tmp_path.glob("cloze-*/rows.jsonl")
+    # A GPU computes in bfloat16, which may part two words that are nearly as likely.
+    rounded = int(torch.cuda.is_available())
     dense, pruned = (json.loads(line)["metrics"] for line in path.read_text().splitlines())
     for n in (64, 128):
         hits = [hit for hit, gap in right if gap > n]
-        # bfloat16 may part two words that are nearly as likely.
-        assert dense[f"over_{n}"] * len(hits) == pytest.approx(sum(hits), abs=1.001)
+        assert dense[f"over_{n}"] * len(hits) == pytest.approx(sum(hits), abs=rounded + 1e-6)
     assert "over_256" not in dense, "the reply is shorter"
     assert not list(path.parent.glob("over_256.png")), "there is nothing to draw"
-    assert pruned["over_64"] <= dense["over_64"] - 2 / len(asked)
+    lost = (dense["over_64"] - pruned["over_64"]) * len(asked)
+    assert round(lost) >= 2
