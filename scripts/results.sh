@@ -122,7 +122,7 @@ pruning() {
   # Code comes back to its names.
   python3 -P -c 'import importlib, inspect, sys
 for name in sys.argv[1:]: sys.stdout.write(inspect.getsource(importlib.import_module(name)))' \
-    argparse typing doctest tarfile subprocess > results/stdlib.txt
+    argparse typing doctest tarfile subprocess inspect pydoc zipfile > results/stdlib.txt
   for rule in fasa random oldest; do
     prune $rule $port &
     port=$((port + 1))
@@ -146,7 +146,7 @@ prune() { # RULE PORT
   evaluate "$2" agreement --length 128 --max-tokens 1024 --limit 128 --temperature 1 \
     --ignore-eos "${more[@]}"
   evaluate "$2" perplexity --length 2048 --max-tokens 1024 --limit 48 "${more[@]}"
-  evaluate "$2" cloze --text results/stdlib.txt --length 1152 --max-tokens 1024 --limit 64 "${more[@]}"
+  evaluate "$2" cloze --text results/stdlib.txt --length 1152 --max-tokens 1024 --limit 128 "${more[@]}"
   evaluate "$2" write-once --length 2048 --limit 48 "${more[@]}"
 }
 
