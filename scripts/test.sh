@@ -12,6 +12,7 @@ ruff format --check .
 # Triton chooses its interpreter when it is imported, so the kernels have a process of their own.
 TRITON_INTERPRET=1 pytest -q tests/ops/test_*kernels.py
 # Two files at a time, for most of it waits for servers to start. With more threads those of one
-# would spin while the other computes.
+# would spin while the other computes. A worker that dies (an engine kills its parent when its
+# scheduler fails) ends the run: its replacement would only start the same test again.
 export OMP_NUM_THREADS=1
-exec pytest -n 2 --dist loadfile "$@"
+exec pytest -n 2 --dist loadfile --max-worker-restart 0 "$@"
