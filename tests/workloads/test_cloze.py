@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fasa_sglang.calibration.corpus import held_out_text
+from fasa_sglang.calibration.corpus import default_text, held_out_text
 from fasa_sglang.cli import main
 from fasa_sglang.workloads.models import load_tokenizer
 from fasa_sglang.workloads.tasks.base import Options
@@ -46,6 +46,17 @@ def test_asked_is_what_only_the_reply_said_and_not_lately() -> None:
     words.sort()
     assert returned_to(words, 5) == [(195, 197, 126), (260, 261, 65)]
     assert returned_to(words, 11) == [], "then the prompt holds both"
+
+
+def test_a_prompt_of_one_token_stays_one(tokenizer: Any) -> None:
+    """Cut anew, a piece of this text has a token less, and its request had no prompt at all."""
+    options = Options(200, 1, LENGTH, LENGTH - 1, 0, 0.0, 1.0, False, default_text())
+    samples = Cloze("cloze").samples(tokenizer, options)
+    assert {len(sample.prompt) for sample in samples} == {1}
+    for sample in samples:
+        forced, asked = sample.data
+        assert max(end for _, end, _ in asked) <= len(forced)
+    assert any(len(sample.data[0]) < LENGTH - 1 for sample in samples)
 
 
 @pytest.mark.slow

@@ -46,7 +46,9 @@ class Cloze(OwnTask):
             # Once more, for where its tokens begin: at its ends it may be cut another way.
             text = tokenizer.decode(piece)
             encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-            ids, prompt_len = encoded.input_ids, len(encoded.input_ids) - reply_len
+            ids = encoded.input_ids
+            # That may leave a token less, and a request needs a prompt.
+            prompt_len = max(1, len(ids) - reply_len)
             asked = returned_to(whole_words(text, encoded.offset_mapping), prompt_len)
             if asked:
                 info = {"length": options.length, "asked": len(asked)}
