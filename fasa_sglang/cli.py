@@ -12,11 +12,20 @@ from fasa_sglang.errors import FasaError
 
 # Subcommand: (module with add_arguments and run, one line of help).
 COMMANDS = {
-    "doctor": ("fasa_sglang.doctor", "say what is installed, hooked and would be refused"),
+    "doctor": (
+        "fasa_sglang.commands.doctor",
+        "check the installation and report what would be refused",
+    ),
     "calibrate": ("fasa_sglang.calibration.command", "rank a model's frequency chunks"),
-    "serve": ("fasa_sglang.serve", "start SGLang with FASA; calibrates a model the first time"),
-    "bench": ("fasa_sglang.workloads.bench", "measure kernels, a server or an agent loop"),
-    "eval": ("fasa_sglang.workloads.eval", "measure answers beside dense and null baselines"),
+    "serve": (
+        "fasa_sglang.commands.serve",
+        "start SGLang with FASA; calibrates a model the first time",
+    ),
+    "bench": ("fasa_sglang.workloads.bench.command", "measure kernels, a server or an agent loop"),
+    "eval": (
+        "fasa_sglang.workloads.eval.command",
+        "measure the answers of a model",
+    ),
     "demo": ("fasa_sglang.workloads.demo", "serve a long prompt with and without FASA"),
 }
 

@@ -10,18 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from fasa_sglang.errors import ConfigError
+from fasa_sglang.ops.label_format import LABEL_FORMATS
+from fasa_sglang.ops.reference import COMBINE_RULES
+from fasa_sglang.selectors import SELECTORS
 
 ENV = "FASA_CONFIG"
 CHOICES: dict[str, tuple[str, ...]] = {
     "default": ("off", "on", "auto"),
-    "combine": ("mean", "nrm"),
-    "label_dtype": ("fp8", "bf16"),
+    "combine": COMBINE_RULES,
+    "label_dtype": tuple(LABEL_FORMATS),
     "prune_rule": ("fasa", "random", "oldest"),
     "rope_layout": ("auto", "neox", "interleaved"),
-    "selector": ("fasa", "oracle", "streaming", "random", "quest", "paged", "per_head", "any"),
+    # With "any", every request chooses its own.
+    "selector": (*SELECTORS, "any"),
 }
-# What a request may choose from on a server whose selector is "any".
-SELECTORS = CHOICES["selector"][:-1]
 
 
 @dataclass(frozen=True)

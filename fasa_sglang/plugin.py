@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-BACKEND_NAME = "fasa"
+from fasa_sglang.names import BACKEND_NAME
 
 
 def register() -> None:

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fasa_sglang.config import SELECTORS, FasaConfig
+from fasa_sglang.config import FasaConfig
 from fasa_sglang.errors import RequestError
+from fasa_sglang.selectors import SELECTORS
 
 PREFIX_MODES = ("select", "full")
 PRUNE_MODES = ("off", "think", "generated")
@@ -77,7 +78,7 @@ def parse_request(
         "prune_budget": _integer(minimum=1),
     }
     if config.selector == "any":
-        parsers |= {"selector": _one_of(SELECTORS), "seed": _integer(minimum=0)}
+        parsers |= {"selector": _one_of(tuple(SELECTORS)), "seed": _integer(minimum=0)}
     for key in asked:
         if key not in parsers:
             raise RequestError(

@@ -14,7 +14,7 @@ EAGER="--cuda-graph-backend-decode disabled --cuda-graph-backend-prefill disable
 serve() { # NAME PORT SETTINGS [FLAG...]: a server in the background, until this shell ends
   local folder
   # Without -P the checkout's own folders would hide the installed package.
-  folder="$(python3 -P -c "from fasa_sglang.workloads.packaged_models import find_model; print(find_model('$MODEL'))")"
+  folder="$(python3 -P -c "from fasa_sglang.workloads.models.packaged import find_model; print(find_model('$MODEL'))")"
   fasa serve "$folder" --port "$2" --settings "$3" --enable-custom-logit-processor \
     --sampling-backend pytorch --grammar-backend none --log-level error $POOL "${@:4}" \
     > "results/server-$1.log" 2>&1 &

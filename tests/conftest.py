@@ -35,7 +35,7 @@ def draw(request: pytest.FixtureRequest) -> Callable[[Any, Any], Any]:
 
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
-    from fasa_sglang.workloads.packaged_models import packaged_model
+    from fasa_sglang.workloads.models.packaged import packaged_model
 
     return packaged_model("smollm2")
 
@@ -113,7 +113,7 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def random_calibration(random_model: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     from fasa_sglang.dominant_fcs import ModelShape
-    from fasa_sglang.workloads.models import any_chunks, load_config
+    from fasa_sglang.workloads.models.shapes import any_chunks, load_config
 
     shape = ModelShape.from_config(load_config(str(random_model)))
     path = tmp_path_factory.mktemp("calibration") / "random.safetensors"

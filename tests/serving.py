@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fasa_sglang.platforms import PLATFORM_NAME
+from fasa_sglang.names import PLATFORM_NAME
 
 # Sums depend on the batch's shape. Where the two best tokens are this close, either may win
 # without a fault; such a divergence is listed and counts as equal. A CPU serves float32, a GPU

@@ -21,9 +21,9 @@ from fasa_sglang.calibration.calibrate import CalibrationSettings, calibrate, lo
 from fasa_sglang.calibration.command import progress_bar
 from fasa_sglang.calibration_cache import cache_dir
 from fasa_sglang.errors import FasaError
-from fasa_sglang.workloads.engine import flush_cache, running_engine
-from fasa_sglang.workloads.forced import agreement, forced_request, steps
-from fasa_sglang.workloads.packaged_models import MODEL_HELP, find_model
+from fasa_sglang.workloads.models.packaged import MODEL_HELP, find_model
+from fasa_sglang.workloads.serving.engine import flush_cache, running_engine
+from fasa_sglang.workloads.serving.forced import agreement, forced_request, steps
 
 FACT = "Remember this: the passcode of the blue vault is 48213."
 QUESTION = "What is the passcode of the blue vault? Answer with one sentence."

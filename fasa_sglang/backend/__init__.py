@@ -14,18 +14,15 @@ def create_fasa_backend(runner: Any) -> Any:
     Raises:
         FasaError: The server, model, configuration or calibration cannot work.
     """
-    from fasa_sglang.backend.host import (
-        fasa_config,
-        require_supported_host,
-        serves_on_flashinfer,
-    )
+    from fasa_sglang.backend.refusals import require_supported_host
+    from fasa_sglang.backend.served import fasa_config, serves_on_flashinfer
 
     require_supported_host(runner)
     config = fasa_config(runner.model_config)
     if serves_on_flashinfer(runner):
-        from fasa_sglang.backend.flashinfer_backend import FasaFlashInferAttnBackend
+        from fasa_sglang.backend.attention.flashinfer_backend import FasaFlashInferAttnBackend
 
         return FasaFlashInferAttnBackend(runner, config)
-    from fasa_sglang.backend.torch_backend import FasaTorchAttnBackend
+    from fasa_sglang.backend.attention.torch_backend import FasaTorchAttnBackend
 
     return FasaTorchAttnBackend(runner, config)

@@ -12,39 +12,40 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
-from fasa_sglang.backend.memory import Memory, is_thinking, memory_of, think_end
-from fasa_sglang.backend.step import REQ_ATTRIBUTE
-from fasa_sglang.requests import FasaRequest, parse_request
+from fasa_sglang.backend.pruner import Pruner, is_thinking, pruner_of, think_end
+from fasa_sglang.backend.step import request_of
+from fasa_sglang.names import REQ_ATTRIBUTE
+from fasa_sglang.requests import FasaRequest
 
 logger = logging.getLogger(__name__)
 
 
-def growth(memory: Memory | None, req: Any) -> int | None:
+def growth(pruner: Pruner | None, req: Any) -> int | None:
     """Slots by which a request will still grow at most; None if pruning does not bound it."""
-    if memory is None or not memory.config.prune_admission:
+    if pruner is None or not pruner.config.prune_admission:
         return None
-    request = _request(memory, req)
+    request = _request(pruner, req)
     if request is None or request.prune == "off":
         return None
     if request.prune == "think" and (
-        think_end(req, memory.config) is not None or not is_thinking(req, memory.config)
+        think_end(req, pruner.config) is not None or not is_thinking(req, pruner.config)
     ):
         return None
     state = getattr(req, REQ_ATTRIBUTE, None)
     live = len(req.output_ids) - (0 if state is None else state.prune.pruned)
     # Until a request is long enough to be sparse, nothing is pruned.
-    start = memory.config.min_seq_len - len(req.origin_input_ids)
-    most = max(request.prune_budget, start) + memory.config.prune_interval
-    return max(memory.config.prune_interval, most - live)
+    start = pruner.config.min_seq_len - len(req.origin_input_ids)
+    most = max(request.prune_budget, start) + pruner.config.prune_interval
+    return max(pruner.config.prune_interval, most - live)
 
 
-def keep_max_new_tokens(original: Callable[..., None], scheduler: Any, req: Any) -> None:
+def allow_replies_beyond_pool(original: Callable[..., None], scheduler: Any, req: Any) -> None:
     """Let a reply that is pruned all through be longer than the pool, up to the context length."""
     asked = req.sampling_params.max_new_tokens
     original(scheduler, req)
-    memory = memory_of(scheduler)
-    request = None if memory is None else _request(memory, req)
-    if growth(memory, req) is None or request is None or request.prune != "generated":
+    pruner = pruner_of(scheduler)
+    request = None if pruner is None else _request(pruner, req)
+    if growth(pruner, req) is None or request is None or request.prune != "generated":
         return
     room = scheduler.model_config.context_len - len(req.origin_input_ids) - 2
     wanted = [n for n in (asked, scheduler.max_new_tokens_limit) if n is not None and n > 0]
@@ -52,7 +53,7 @@ def keep_max_new_tokens(original: Callable[..., None], scheduler: Any, req: Any)
     params.max_new_tokens = max(params.max_new_tokens, min([room, *wanted]))
 
 
-def reserve_no_more(
+def cap_admission_reservation(
     original: Callable[..., Any], adder: Any, req: Any, *args: Any, **kwargs: Any
 ) -> Any:
     """Admit a request with room for what pruning leaves of it.
@@ -61,10 +62,10 @@ def reserve_no_more(
     ignore EOS where no prefixes are cached it has another rule, which reads the same of all that
     run; here they go by the common one.
     """
-    memory = memory_of(adder.tree_cache)
-    if memory is None or not memory.config.prune_admission:
+    pruner = pruner_of(adder.tree_cache)
+    if pruner is None or not pruner.config.prune_admission:
         return original(adder, req, *args, **kwargs)
-    bound = growth(memory, req)
+    bound = growth(pruner, req)
     params = req.sampling_params
     asked = params.max_new_tokens, params.ignore_eos
     if bound is not None:
@@ -76,13 +77,13 @@ def reserve_no_more(
         params.max_new_tokens, params.ignore_eos = asked
 
 
-def hold_no_more(result: float, adder: Any, req: Any) -> float:
+def cap_running_reservation(result: float, adder: Any, req: Any) -> float:
     """What a running request is still reserved."""
-    bound = growth(memory_of(adder.tree_cache), req)
+    bound = growth(pruner_of(adder.tree_cache), req)
     return result if bound is None else min(result, bound)
 
 
-def abort_what_cannot_return(
+def abort_unrecoverable_retractions(
     result: tuple[list[Any], float, list[Any]], batch: Any, *args: Any
 ) -> tuple[list[Any], float, list[Any]]:
     """A retracted request is prefilled again whole; one that has outgrown the pool never could be.
@@ -92,10 +93,10 @@ def abort_what_cannot_return(
     from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
     retracted, ratio, aborted = result
-    memory = memory_of(batch)
+    pruner = pruner_of(batch)
     kept = []
     for req in retracted:
-        bound = growth(memory, req)
+        bound = growth(pruner, req)
         tokens = len(req.origin_input_ids) + len(req.output_ids)
         if bound is None or tokens + bound + 1 < batch.token_to_kv_pool_allocator.size:
             kept.append(req)
@@ -110,10 +111,9 @@ def abort_what_cannot_return(
     return kept, ratio, aborted
 
 
-def _request(memory: Memory, req: Any) -> FasaRequest | None:
+def _request(pruner: Pruner, req: Any) -> FasaRequest | None:
     state = getattr(req, REQ_ATTRIBUTE, None)
     if state is not None:
         return state.request
     # Not scheduled yet.
-    custom = req.sampling_params.custom_params
-    return parse_request(custom, memory.config, len(req.origin_input_ids))
+    return request_of(req, pruner.config)

@@ -15,13 +15,13 @@ from typing import Any
 
 from starlette.requests import Request
 
-from fasa_sglang.backend.host import fasa_config, uses_fasa
 from fasa_sglang.backend.metrics import count_refusal
+from fasa_sglang.backend.served import fasa_config, uses_fasa
 from fasa_sglang.config import FasaConfig
 from fasa_sglang.errors import RequestError
+from fasa_sglang.names import META_KEY
 from fasa_sglang.requests import parse_request
 
-META_KEY = "fasa"
 _MISSING = object()
 
 

@@ -1,21 +1,25 @@
 """What each lane of a batch does in one forward pass, and what a request's reply reports.
 
-The record of a step is made when the step is launched and counted when its token is accepted:
-under overlap scheduling a step may be launched whose token is thrown away.
+A step is recorded when it is launched and counted when its token is accepted: under overlap
+scheduling a step may be launched whose token is discarded.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Any
 
+from fasa_sglang.backend.host import row_lengths
 from fasa_sglang.backend.metrics import Usage
 from fasa_sglang.config import FasaConfig
-from fasa_sglang.memory.pruning import PruneState
+from fasa_sglang.errors import RequestError
+from fasa_sglang.flashinfer_ext.lane import DENSE, Lane
+from fasa_sglang.layer_plan import LayerPlan
+from fasa_sglang.names import META_KEY, REQ_ATTRIBUTE
+from fasa_sglang.pruning.policy import PruneState
 from fasa_sglang.requests import FasaRequest, parse_request
-
-REQ_ATTRIBUTE = "fasa"
 
 
 @dataclass(frozen=True)
@@ -23,10 +27,10 @@ class LaneStep:
     """One request in one decode step.
 
     Args:
-        request: Its parameters if this step is sparse, else None.
+        request: The request's parameters if this step is sparse, else None.
         seq_len: Tokens of the request, the current one included.
-        prompt_len: Tokens of its prompt.
-        pruned: Generated tokens among them that have lost their slots.
+        prompt_len: Tokens of the prompt.
+        pruned: Generated tokens that have lost their slots.
     """
 
     request: FasaRequest | None
@@ -41,7 +45,7 @@ class LaneStep:
 
     @property
     def prunes(self) -> bool:
-        """Whether its selections are counted."""
+        """Whether the step's selections are counted for pruning."""
         return self.request is not None and self.request.prune != "off"
 
     @property
@@ -57,10 +61,24 @@ class LaneStep:
 
     @property
     def attended_len(self) -> int:
-        """Tokens a KV head attends to in a layer that is not a dense one."""
+        """Tokens that a KV head attends to in a layer that selects."""
         if self.request is None:
             return self.seq_len
         return min(self.live_len, self.full_prefix_len + self.request.budget)
+
+    @property
+    def planner_lane(self) -> Lane:
+        """The step in the planner's terms."""
+        if self.request is None:
+            return DENSE
+        return Lane(
+            budget=self.request.budget,
+            sink=self.request.sink,
+            recent=self.recent,
+            dense_prefix=self.full_prefix_len,
+            pruned=self.pruned,
+            counts_from=self.prompt_len if self.prunes else None,
+        )
 
 
 @dataclass
@@ -68,18 +86,16 @@ class RequestState:
     """FASA's bookkeeping of one running request; lives on SGLang's ``Req``.
 
     Args:
-        request: What it asked for; None if it stays dense.
-        num_layers: Layers of the model.
-        num_dense_layers: How many of them attend to everything.
-        usage: Where its steps are counted for the whole server.
-        prune: What it has lost.
-        exact_len: Leading tokens whose keys and values are those of a dense run; None is all.
-            A token decoded sparsely has others from the second sparse layer on.
+        request: The request's parameters; None if it stays dense.
+        plan: What the layers of the model do.
+        usage: Where the steps of the whole server are counted.
+        exact_len: Leading tokens whose keys and values equal those of a dense run; None means all.
+            A token that was decoded sparsely has different ones from the second sparse layer on.
+        prune: What the request has lost to pruning.
     """
 
     request: FasaRequest | None
-    num_layers: int
-    num_dense_layers: int
+    plan: LayerPlan
     usage: Usage
     exact_len: int | None = None
     prune: PruneState = field(default_factory=PruneState)
@@ -98,11 +114,11 @@ class RequestState:
             self.dense_steps += 1
         else:
             self.sparse_steps += 1
-        sparse_layers = self.num_layers - self.num_dense_layers
-        rows = self.num_dense_layers * lane.live_len + sparse_layers * lane.attended_len
-        self.attended_rows += rows
-        self.all_rows += self.num_layers * lane.seq_len
-        self.usage.add_step(lane.request is not None, rows, self.num_layers * lane.seq_len)
+        attended = self.plan.rows_attended(lane.live_len, lane.attended_len)
+        dense = self.plan.rows_attended(lane.seq_len, lane.seq_len)
+        self.attended_rows += attended
+        self.all_rows += dense
+        self.usage.add_step(lane.request is not None, attended, dense)
 
     def finish(self) -> dict[str, Any]:
         """The reply's ``meta_info["fasa"]``; without a decode step the read ratio is 1."""
@@ -117,38 +133,64 @@ class RequestState:
         }
 
 
-def request_state(req: Any, config: FasaConfig, num_layers: int, usage: Usage) -> RequestState:
+def count_step(result: Any, processor: Any, i: int, req: Any, *args: Any, **kwargs: Any) -> None:
+    """Count an accepted token's step; leave a finished request's report for its reply.
+
+    SGLang sends the entries of the output tokens that a message carries. The last message carries
+    at least one token, and before it there is nothing to send, so steps cost nothing here.
+    """
+    state = getattr(req, REQ_ATTRIBUTE, None)
+    if state is None:
+        return
+    state.count()
+    if req.finished():
+        reports = {META_KEY: [state.finish()] * len(req.output_ids)}
+        req.customized_info = {**(req.customized_info or {}), **reports}
+
+
+def request_state(req: Any, config: FasaConfig, plan: LayerPlan, usage: Usage) -> RequestState:
     """The state of an SGLang ``Req``, made when the request is first scheduled."""
     state = getattr(req, REQ_ATTRIBUTE, None)
     if state is None:
-        asked = req.sampling_params.custom_params
-        state = RequestState(
-            request=parse_request(asked, config, len(req.origin_input_ids)),
-            num_layers=num_layers,
-            num_dense_layers=min(config.num_dense_layers, num_layers),
-            usage=usage,
-        )
+        state = RequestState(request_of(req, config), plan, usage)
         setattr(req, REQ_ATTRIBUTE, state)
     return state
 
 
-def launch_step(batch: Any, config: FasaConfig, num_layers: int, usage: Usage) -> list[LaneStep]:
-    """Decide what every lane of a ``ScheduleBatch`` does now, and note it for its reply.
+def request_of(req: Any, config: FasaConfig) -> FasaRequest | None:
+    """The FASA parameters of an SGLang ``Req``.
+
+    The tokenizer process has checked them, but not on every route into the scheduler. Parameters
+    that cannot be served end that request with HTTP 400 and leave the others alone.
+    """
+    from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+    try:
+        return parse_request(req.sampling_params.custom_params, config, len(req.origin_input_ids))
+    except RequestError as error:
+        req.to_finish = FINISH_ABORT(str(error), status_code=HTTPStatus.BAD_REQUEST)
+        return None
+
+
+def launch_step(batch: Any, config: FasaConfig, plan: LayerPlan, usage: Usage) -> list[LaneStep]:
+    """Decide what every lane of a ``ScheduleBatch`` does now, and record it for its reply.
 
     Returns:
-        One entry per request of a decode batch; empty for every other batch.
+        One entry per row of a decode batch; rows that belong to no request are dense. Empty for
+        every other batch.
     """
-    states = [request_state(req, config, num_layers, usage) for req in batch.reqs]
+    states = [request_state(req, config, plan, usage) for req in batch.reqs]
     if not batch.forward_mode.is_decode():
-        # A prefill, first or after a retraction: what was in flight before it never finished.
+        # A prefill, the first or one after a retraction: steps in flight before it never finish.
         for state in states:
             state.launched.clear()
             state.launched.append(None)
             state.exact_len = None
             state.prune.pruned = 0
         return []
+    lens = row_lengths(batch)
     lanes = []
-    for req, state, seq_len in zip(batch.reqs, states, batch.seq_lens_cpu.tolist(), strict=True):
+    for req, state, seq_len in zip(batch.reqs, states, lens, strict=False):
         sparse = state.request is not None and seq_len >= config.min_seq_len
         lane = LaneStep(
             state.request if sparse else None,
@@ -160,4 +202,5 @@ def launch_step(batch: Any, config: FasaConfig, num_layers: int, usage: Usage) -
         if state.exact_len is None and lane.attended_len < seq_len:
             state.exact_len = seq_len - 1
         lanes.append(lane)
+    lanes += [LaneStep(None, seq_len, seq_len) for seq_len in lens[len(lanes) :]]
     return lanes

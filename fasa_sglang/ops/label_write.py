@@ -1,7 +1,7 @@
 """Write labels on the GPU: the dominant dims of new keys, packed into their slots' rows.
 
-One launch serves all layers of a forward pass: it reads the keys from the KV pool once they are
-there. Reference: ``ops.reference.pack_labels``.
+One launch serves all layers of a forward pass. It reads the keys from the KV pool, so the pool must
+already hold them. Reference: ``LabelFormat.pack``.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import torch
 import triton
 import triton.language as tl
 
-from fasa_sglang.ops.reference import FP8_MAX
+from fasa_sglang.ops.label_format import LabelFormat
 
 KEY_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
-# New slots are a slice of SGLang's free list, aligned by chance; one kernel serves all.
+# New slots are a slice of SGLang's free list, so their alignment varies from step to step.
 @triton.jit(do_not_specialize_on_alignment=["slots_ptr"])
 def _label_write_kernel(
     k_ptrs_ptr,
@@ -52,7 +52,7 @@ def _label_write_kernel(
 
 
 class KeyPool:
-    """Where the keys of every layer lie, as the kernel takes it.
+    """Addresses of the keys of several layers, as the kernel takes them.
 
     Args:
         k_buffers: The KV pool's keys, one ``[num_slots, HKV, D]`` per layer, contiguous, float16,
@@ -74,17 +74,18 @@ def write_labels(
     label_scale: torch.Tensor,
     slots: torch.Tensor,
     labels: torch.Tensor,
+    label_format: LabelFormat,
 ) -> None:
     """Store the labels of keys that were just written to the pool.
 
     Args:
         keys: The pool, after RoPE.
         dominant_dims: Head dims a label holds, ``[NL, HKV, F]``, int32.
-        label_mean: Subtracted before packing, ``[NL, HKV, F]``, float32.
-        label_scale: Divides what is left, ``[NL, HKV, F]``, float32.
+        label_mean: Subtracted from the keys, ``[NL, HKV, F]``, float32.
+        label_scale: Divides the difference, ``[NL, HKV, F]``, float32.
         slots: KV slots of the new keys, ``[num_tokens]``, int32 or int64; not range-checked.
-        labels: Written in place, ``[NL, num_slots, HKV, F]``, bfloat16, float16 or float8_e4m3fn.
-            Values past float8's 448 saturate.
+        labels: Written in place, ``[NL, num_slots, HKV, F]``, ``label_format.dtype``.
+        label_format: How labels are stored.
     """
     num_layers, num_kv_heads, width = dominant_dims.shape
     if len(slots):
@@ -101,7 +102,7 @@ def write_labels(
             D=keys.head_dim,
             F=width,
             ROW=triton.next_power_of_2(num_kv_heads * width),
-            LIMIT=FP8_MAX if labels.dtype == torch.float8_e4m3fn else 0.0,
+            LIMIT=label_format.max_value or 0.0,
             KEY=KEY_TYPES[keys.dtype],
             num_warps=4,
         )

@@ -64,7 +64,7 @@ def update_averages(
         selectors: (layer, KV head) pairs that selected.
         decay: Share of the old average in the new one.
 
-    Reference: :meth:`fasa_sglang.memory.importance.Importance.end_step`.
+    Reference: :meth:`fasa_sglang.pruning.importance.Importance.end_step`.
     """
     _average_kernel[(SPLITS, len(live_lens))](
         slots,

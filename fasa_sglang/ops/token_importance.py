@@ -1,7 +1,8 @@
-"""FASA's token importance on the GPU: one pass over the label cache, all KV heads at once.
+"""FASA's token importance on the GPU: one pass over the label cache.
 
-A program reads whole label rows, so that each token costs one contiguous read, and writes one
-score per KV head. Reference: ``ops.reference.token_importance``.
+A program reads the labels of several neighbouring KV heads at once, all heads of most models, so
+that each token costs one contiguous read, and writes one score per KV head.
+Reference: ``ops.reference.token_importance``.
 """
 
 from __future__ import annotations
@@ -13,9 +14,14 @@ import triton
 import triton.language as tl
 
 from fasa_sglang.ops import reference
+from fasa_sglang.ops.layer_labels import LayerLabels
 
-# Programs a batch is cut into: three for each processor of an H100.
+# Programs that a batch is divided into: three for each multiprocessor of an H100.
 NUM_PROGRAMS = 132 * 3
+# Tokens of a tile, and the most label dims that a program reads of each token. Together they bound
+# the tile to 64 KiB of float16, which the shared memory of every GPU since sm_80 holds.
+TILE_TOKENS = 64
+MAX_ROW = 512
 # Score of a token that is always selected.
 FORCED = float("inf")
 BITS_PER_NAT = 1 / math.log(2)
@@ -37,7 +43,7 @@ def _importance_kernel(
     q_stride,
     scores_stride,
     H: tl.constexpr,
-    HP: tl.constexpr,
+    HB: tl.constexpr,
     G: tl.constexpr,
     GP: tl.constexpr,
     D: tl.constexpr,
@@ -50,13 +56,13 @@ def _importance_kernel(
     FIRST: tl.constexpr,
     MOST: tl.constexpr,
 ):
-    i_s, i_b = tl.program_id(0), tl.program_id(1)
+    i_s, i_b, i_hb = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     # Before the branch, so that the two loads wait together.
     seq_len, start = tl.load(seq_lens_ptr + i_b), tl.load(starts_ptr + i_b)
     if i_s * BT >= seq_len:
         return
     sink, recent = tl.load(sinks_ptr + i_b), tl.load(recents_ptr + i_b)
-    o_h, o_f, o_g = tl.arange(0, HP), tl.arange(0, FP), tl.arange(0, GP)
+    o_h, o_f, o_g = i_hb * HB + tl.arange(0, HB), tl.arange(0, FP), tl.arange(0, GP)
     o_hf = o_h[:, None] * F + o_f[None, :]
     m_hf = (o_h < H)[:, None] & (o_f < F)[None, :]
     b_dim = tl.load(dims_ptr + o_hf, mask=m_hf, other=0)[:, :, None]
@@ -66,10 +72,10 @@ def _importance_kernel(
     b_q *= (tl.load(q_scale_ptr + o_hf, mask=m_hf, other=0.0) * sm_scale)[:, :, None]
     if MEAN:
         b_q = tl.sum(b_q, axis=2, keep_dims=True) / G
-    b_q = b_q.to(tl.float16)  # [HP, FP, GP or 1]
-    o_r = tl.arange(0, HP * FP)
-    m_r = ((o_r // FP < H) & (o_r % FP < F))[None, :]
-    o_r = ((o_r // FP) * F + o_r % FP)[None, :]
+    b_q = b_q.to(tl.float16)  # [HB, FP, GP or 1]
+    o_r = tl.arange(0, HB * FP)
+    m_r = ((i_hb * HB + o_r // FP < H) & (o_r % FP < F))[None, :]
+    o_r = ((i_hb * HB + o_r // FP) * F + o_r % FP)[None, :]
     p_slot = slots_ptr + start
 
     if not MEAN:
@@ -78,22 +84,25 @@ def _importance_kernel(
         o_a = tl.minimum(tl.maximum(o_a, 0), tl.maximum(seq_len - 2, 0))
         p_anchor = labels_ptr + tl.load(p_slot + o_a).to(tl.int64)[:, None] * (H * F) + o_r
         b_anchor = tl.load(p_anchor, mask=m_r, other=0.0).to(tl.float16)
-        b_anchor = tl.permute(tl.reshape(b_anchor, [ANCHORS, HP, FP]), (1, 0, 2))
+        b_anchor = tl.permute(tl.reshape(b_anchor, [ANCHORS, HB, FP]), (1, 0, 2))
         b_peak = tl.max(tl.dot(b_anchor, b_q), axis=1)[:, None, :]
-        b_start = tl.broadcast_to(-b_peak, [HP, BT, GP])
+        b_start = tl.broadcast_to(-b_peak, [HB, BT, GP])
 
     for i_t in range(i_s, tl.cdiv(seq_len, BT), tl.num_programs(0)):
         o_t = i_t * BT + tl.arange(0, BT)
         m_t = o_t < seq_len
         b_slot = tl.load(p_slot + o_t, mask=m_t, other=0).to(tl.int64)
         p_label = labels_ptr + b_slot[:, None] * (H * F) + o_r
-        # [BT, ROW]; slot 0 stands in for what is past the end
-        b_label = tl.load(p_label) if HP == H and FP == F else tl.load(p_label, mask=m_r, other=0.0)
-        b_label = tl.permute(tl.reshape(b_label.to(tl.float16), [BT, HP, FP]), (1, 0, 2))
-        if MEAN:
-            b_score = tl.sum(tl.dot(b_label, b_q), axis=2)  # [HP, BT]
+        # [BT, HB * FP]; past the end slot 0 is read and masked later
+        if H % HB == 0 and FP == F:
+            b_label = tl.load(p_label)
         else:
-            b_mass = tl.exp2(tl.minimum(tl.dot(b_label, b_q, acc=b_start), MOST))  # [HP, BT, GP]
+            b_label = tl.load(p_label, mask=m_r, other=0.0)
+        b_label = tl.permute(tl.reshape(b_label.to(tl.float16), [BT, HB, FP]), (1, 0, 2))
+        if MEAN:
+            b_score = tl.sum(tl.dot(b_label, b_q), axis=2)  # [HB, BT]
+        else:
+            b_mass = tl.exp2(tl.minimum(tl.dot(b_label, b_q, acc=b_start), MOST))  # [HB, BT, GP]
             if G != GP:
                 b_mass = tl.where((o_g < G)[None, None, :], b_mass, 0.0)
             # Masses span many decades. The bits of a float are a logarithm, linear between powers
@@ -107,19 +116,19 @@ def _importance_kernel(
 
 
 class ScoreBuffers:
-    """What one scoring pass writes; made once, reused by every layer and step.
+    """The output of a scoring pass; allocated once and reused by every layer and step.
 
     Args:
-        max_batch_size: Most requests of a batch.
+        max_batch_size: Largest number of requests in a batch.
         num_kv_heads: KV heads of this rank.
-        max_len: Longest request, in tokens.
+        max_len: Length of the longest request, in tokens.
         combine: ``mean`` or ``nrm``.
         device: Where the kernels run.
 
     Attributes:
-        scores: ``[max_batch_size * HKV, max_len]`` float16, rows aligned to 16 bytes. Beyond a
-            request's length its rows keep what they held. What float16 rounds off is less than
-            what labels of 8 or 16 bits have lost before.
+        scores: ``[max_batch_size * HKV, max_len]``, float16, rows aligned to 16 bytes. Entries
+            from a request's length on are undefined. The rounding error of float16 is smaller than
+            that of the labels.
     """
 
     def __init__(
@@ -142,9 +151,7 @@ class ScoreBuffers:
 
 def token_importance(
     q: torch.Tensor,
-    label_cache: torch.Tensor,
-    dominant_dims: torch.Tensor,
-    label_scale: torch.Tensor,
+    labels: LayerLabels,
     slots: torch.Tensor,
     starts: torch.Tensor,
     seq_lens: torch.Tensor,
@@ -161,30 +168,32 @@ def token_importance(
 
     Args:
         q: Decode queries after RoPE, ``[B, HQ, D]``, float16 or bfloat16, heads contiguous.
-        label_cache: ``[num_slots, HKV, F]``, as ``write_labels`` leaves it.
-        dominant_dims: Head dims a label holds, ``[HKV, F]``, int32.
-        label_scale: As given to ``write_labels``, ``[HKV, F]``, float32.
-        slots: Position to slot, request after request, ``[>= all tokens]``, int32.
+        labels: The layer's labels.
+        slots: Position to slot, request after request, ``[>= total tokens]``, int32.
         starts: Where each request's slots begin, ``[>= B]``, int32.
         seq_lens: Tokens of each request, ``[B]``, int32; the last one has no label yet.
         sinks: First tokens of each request that are always selected, ``[B]``, int32.
         recents: Last tokens that are always selected, at least one, ``[B]``, int32.
         buffers: Receives the scores; always-selected tokens score ``FORCED``.
-            ``nrm`` scores are a logarithm of the reference's, which ranks alike: of base 2 at
+            ``nrm`` scores are a monotone function of the reference's: a logarithm to base 2 at
             powers of two, linear between them.
         sm_scale: Multiplies ``q @ k``.
 
     Reference: :func:`fasa_sglang.ops.reference.token_importance`.
     """
     batch_size, num_qo_heads, head_dim = q.shape
-    _, num_kv_heads, width = label_cache.shape
+    _, num_kv_heads, width = labels.cache.shape
     group = num_qo_heads // num_kv_heads
     mean = buffers.combine == "mean"
-    _importance_kernel[(max(1, NUM_PROGRAMS // batch_size), batch_size)](
+    padded_width = max(16, triton.next_power_of_2(width))  # tl.dot sums over 16 dims at least
+    block_heads = min(triton.next_power_of_2(num_kv_heads), max(1, MAX_ROW // padded_width))
+    head_blocks = triton.cdiv(num_kv_heads, block_heads)
+    splits = max(1, NUM_PROGRAMS // (batch_size * head_blocks))
+    _importance_kernel[(splits, batch_size, head_blocks)](
         q,
-        label_cache,
-        dominant_dims,
-        label_scale,
+        labels.cache,
+        labels.dims,
+        labels.scale,
         slots,
         starts,
         seq_lens,
@@ -195,13 +204,13 @@ def token_importance(
         q.stride(0),
         buffers.scores.stride(0),
         H=num_kv_heads,
-        HP=triton.next_power_of_2(num_kv_heads),
+        HB=block_heads,
         G=group,
         GP=triton.next_power_of_2(group),
         D=head_dim,
         F=width,
-        FP=max(16, triton.next_power_of_2(width)),  # the least that a matrix product sums over
-        BT=64,
+        FP=padded_width,
+        BT=TILE_TOKENS,
         MEAN=mean,
         FORCED=FORCED,
         ANCHORS=reference.NUM_ANCHORS,

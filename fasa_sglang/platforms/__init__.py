@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-PLATFORM_NAME = "fasa_cpu"
+from fasa_sglang.names import PLATFORM_NAME
 
 
 def activate() -> str | None:

@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from fasa_sglang.calibration import corpus
-from fasa_sglang.workloads.engine import running_engine
+from fasa_sglang.workloads.serving.engine import running_engine
 from serving import divergence, generate
 
 SERVER = {"chunked_prefill_size": 512, "max_total_tokens": 40000}

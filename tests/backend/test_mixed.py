@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fasa_sglang.workloads.engine import flush_cache, running_engine
+from fasa_sglang.workloads.serving.engine import flush_cache, running_engine
 from serving import divergence, generate
 
 FASA: list[Any] = [None, False, True, {"budget": 40}, {"budget": 64, "prefix": "full"}]

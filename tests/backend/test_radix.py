@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fasa_sglang.workloads.engine import flush_cache, running_engine
+from fasa_sglang.workloads.serving.engine import flush_cache, running_engine
 from serving import divergence, generate
 
 FASA = [None, {"budget": 40}, {"budget": 60, "sink": 0}, {"budget": 40, "prefix": "full"}, True]

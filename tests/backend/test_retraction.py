@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fasa_sglang.workloads.engine import running_engine
+from fasa_sglang.workloads.serving.engine import running_engine
 from serving import divergence, generate
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from fasa_sglang.workloads.engine import flush_cache, running_engine
+from fasa_sglang.workloads.serving.engine import flush_cache, running_engine
 from serving import divergence, generate
 
 FASA: list[Any] = [None, False, True, {"budget": 40}, {"budget": 200, "sink": 0, "recent": 8}]

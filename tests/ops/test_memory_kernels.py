@@ -14,7 +14,7 @@ from kernel_cases import (
     written_labels,
 )
 
-from fasa_sglang.memory.importance import DECAY, Importance
+from fasa_sglang.pruning.importance import DECAY, Importance
 
 pytestmark = needs_triton
 

@@ -1,0 +1,1 @@
+"""What runs inside the model runner: the attention backends, their labels and graphs."""

@@ -1,0 +1,134 @@
+"""What FASA's attention backends share: the label cache and what each lane of a batch does."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from sglang.srt.runtime_context import get_parallel
+
+from fasa_sglang.backend.attention.label_cache import LabelCache
+from fasa_sglang.backend.attention.variant import Variant
+from fasa_sglang.backend.metrics import Usage
+from fasa_sglang.backend.pruner import Pruner
+from fasa_sglang.backend.served import load_dominant_fcs
+from fasa_sglang.backend.step import LaneStep, launch_step
+from fasa_sglang.config import FasaConfig
+from fasa_sglang.layer_plan import LayerPlan
+from fasa_sglang.names import POOL_ATTRIBUTE
+from fasa_sglang.ops.label_format import LABEL_FORMATS
+
+logger = logging.getLogger(__name__)
+
+
+class FasaBackend:
+    """Mixed into an attention backend of SGLang.
+
+    Attributes:
+        config: The server's settings.
+        plan: What the layers of this pipeline stage do.
+        lanes: One entry per row of the coming decode batch, set before each forward pass; empty
+            for every other batch.
+        label_cache: Labels of this rank's layers and heads.
+        usage: Counts steps and requests.
+        pruner: Frees the slots of requests that prune.
+        has_variants: Whether decode batches have CUDA graphs per ``Variant``.
+        variant: The variant of the coming batch.
+        capturing: The variant that graphs are being captured for, else None.
+    """
+
+    has_variants = False
+    variant = Variant.DENSE
+    capturing: Variant | None = None
+
+    def start_fasa(self, runner: Any, config: FasaConfig) -> None:
+        """Load the calibration and allocate the label cache.
+
+        Raises:
+            FasaError: The calibration is missing, broken or of another model.
+        """
+        self.config = config
+        self.lanes: list[LaneStep] = []
+        dominant, num_fcs = load_dominant_fcs(runner.model_config)
+        parallel = get_parallel()
+        pool = runner.token_to_kv_pool
+        model_plan = LayerPlan.of_model(dominant.model.num_layers, config.num_dense_layers)
+        self.plan = model_plan.stage(pool.start_layer, pool.layer_num)
+        self.label_cache = LabelCache(
+            pool.k_buffer,
+            dominant.for_rank(parallel.attn_tp_rank, parallel.attn_tp_size),
+            self.plan,
+            num_fcs,
+            LABEL_FORMATS[config.label_dtype],
+        )
+        labels = self.label_cache.labels
+        self.usage = Usage(runner.server_args, labels.nbytes, parallel.attn_tp_rank == 0)
+        self.pruner = Pruner(config, labels.shape[1], labels.device, self.usage)
+        setattr(runner.req_to_token_pool, POOL_ATTRIBUTE, self.pruner)
+        kv_bytes = sum(buffer.nbytes for buffer in (*pool.k_buffer, *pool.v_buffer))
+        logger.info(
+            "FASA: %s, %s, selector %s, budget %d (at most %d), sink %d, recent %d, %d of %d "
+            "frequency chunks, combine %s, %d dense layers, sparse from %d tokens, default %s, "
+            "calibration %s",
+            dominant.model.architecture,
+            type(self).__name__,
+            config.selector,
+            config.budget,
+            config.max_budget,
+            config.sink,
+            config.recent,
+            num_fcs,
+            dominant.model.rope.num_chunks,
+            config.combine,
+            config.num_dense_layers,
+            config.min_seq_len,
+            config.default,
+            config.calibration,
+        )
+        logger.info(
+            "FASA: the pool holds %d tokens; without FASA its memory would hold %d (%s labels: "
+            "%.0f MiB beside %.0f MiB of keys and values)",
+            pool.size,
+            int(pool.size * (1 + labels.nbytes / kv_bytes)),
+            config.label_dtype,
+            labels.nbytes / 2**20,
+            kv_bytes / 2**20,
+        )
+
+    def forward_extend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: Any,
+        forward_batch: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """SGLang's dense prefill; after the last layer the new keys of all layers get labels."""
+        out = super().forward_extend(  # type: ignore[misc]
+            q, k, v, layer, forward_batch, *args, **kwargs
+        )
+        self.write_labels(layer, forward_batch)
+        return out
+
+    def write_labels(self, layer: Any, forward_batch: Any) -> None:
+        """Label the new keys of all layers once the last layer has stored its own.
+
+        Until then no step needs the label of its own token, which is always selected.
+        """
+        if layer.layer_id == self.plan.last:
+            self.label_cache.write(forward_batch.out_cache_loc)
+
+    @property
+    def num_selecting(self) -> int:
+        """(layer, KV head) pairs of this rank that select."""
+        return len(self.plan.selecting) * self.label_cache.labels.shape[2]
+
+
+def plan_step(result: Any, cls: Any, batch: Any, model_runner: Any, **kwargs: Any) -> None:
+    """Tell the backend what each lane of the coming forward pass does."""
+    backend = getattr(model_runner, "attn_backend", None)
+    if isinstance(backend, FasaBackend):
+        backend.lanes = launch_step(batch, backend.config, backend.plan, backend.usage)

@@ -1,0 +1,165 @@
+"""Lanes of an eager decode batch whose tokens another selector chooses, for comparison runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from fasa_sglang.backend.attention.label_cache import LabelCache
+from fasa_sglang.backend.step import LaneStep
+from fasa_sglang.ops import reference
+from fasa_sglang.requests import FasaRequest
+from fasa_sglang.selectors import SELECTORS, DecodeView
+
+
+class ComparedLanes:
+    """Lanes with equal requests, served together.
+
+    Args:
+        request: What all of them asked for.
+        lanes: Which lanes of the batch.
+        starts: Where the selectable tokens of each begin in ``slots``.
+        lengths: How many there are of each.
+        slots: Position to slot, lane after lane, int32.
+    """
+
+    def __init__(
+        self,
+        request: FasaRequest,
+        lanes: list[int],
+        starts: list[int],
+        lengths: list[int],
+        slots: torch.Tensor,
+    ) -> None:
+        device = slots.device
+        self.request = request
+        self.lanes = torch.tensor(lanes, device=device)
+        self.seq_lens = torch.tensor(lengths, device=device)
+        self._lengths = lengths
+        positions = torch.arange(max(lengths), device=device)
+        places = torch.tensor(starts, device=device)[:, None] + positions
+        self.slots = slots[places.clamp(max=len(slots) - 1)].long()
+
+    def select_into(
+        self,
+        indices: torch.Tensor,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        labels: LabelCache,
+        layer: int,
+        *,
+        sm_scale: float,
+        combine: str,
+    ) -> None:
+        """Replace what FASA selected for these lanes by this selector's choice.
+
+        Args:
+            indices: The planner's indices, ``[batch_size * HKV, max_budget]``, int32.
+            q: Queries of the whole batch, ``[batch_size, HQ, D]``.
+            k_cache: ``[num_slots, HKV, D]``.
+            labels: This rank's labels.
+            layer: Layer of the model.
+            sm_scale: Multiplies ``q @ k``.
+            combine: How a group's query heads are combined.
+        """
+        selected = self.select(q, k_cache, labels, layer, sm_scale=sm_scale, combine=combine)
+        rows = indices.view(-1, k_cache.shape[1], indices.shape[1])
+        rows[self.lanes, :, : selected.shape[-1]] = selected
+
+    def select(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        labels: LabelCache,
+        layer: int,
+        *,
+        sm_scale: float,
+        combine: str,
+    ) -> torch.Tensor:
+        """The selected tokens as rows of the KV pool seen head by head; arguments as above.
+
+        Returns:
+            ``slot * HKV + kv_head``, ``[lanes, HKV, N]``, int32. A lane with fewer tokens than
+            ``N`` has its own first; the rest is undefined.
+        """
+        q = q[self.lanes]
+
+        def label_scores() -> torch.Tensor:
+            return reference.token_importance(
+                q,
+                labels.layer(layer),
+                self.slots,
+                self.seq_lens,
+                sm_scale=sm_scale,
+                combine=combine,
+            )
+
+        view = DecodeView(
+            q=q,
+            k_cache=k_cache,
+            slots=self.slots,
+            seq_lens=self.seq_lens,
+            label_scores=label_scores,
+            head_dims=labels.head_dims(layer),
+            sm_scale=sm_scale,
+            combine=combine,
+            # Different draws for every layer and step, the same ones in a repeated run.
+            seeds=[hash((self.request.seed, layer, length)) for length in self._lengths],
+        )
+        positions = best_positions(
+            SELECTORS[self.request.selector].scores(view),
+            self.seq_lens,
+            budget=self.request.budget,
+            # The sink lies inside a prompt that is attended whole.
+            sink=0 if self.request.prefix == "full" else self.request.sink,
+            recent=self.request.recent,
+        )
+        num_kv_heads = k_cache.shape[1]
+        slots = self.slots[:, None].expand(-1, num_kv_heads, -1).gather(-1, positions)
+        heads = torch.arange(num_kv_heads, device=slots.device)[:, None]
+        return (slots * num_kv_heads + heads).int()
+
+
+def best_positions(
+    scores: torch.Tensor, seq_lens: torch.Tensor, *, budget: int, sink: int, recent: int
+) -> torch.Tensor:
+    """What ``reference.select_tokens`` selects, for all rows at once.
+
+    Args:
+        scores: ``[B, HKV, L]``, float32, ``-inf`` past the end.
+        seq_lens: Tokens of each request, ``[B]``, int.
+        budget: Tokens to select, ``sink`` and ``recent`` included.
+        sink: First tokens that are always selected.
+        recent: Last tokens that are always selected; the current one is even if this is 0.
+
+    Returns:
+        Positions, best first, ``[B, HKV, min(budget, L)]``, int64. Entries from a request's length
+        on lie past its end.
+    """
+    position = torch.arange(scores.shape[-1], device=scores.device)
+    ends = seq_lens[:, None, None]
+    forced = (position < sink) | (position >= ends - max(1, recent))
+    ranked = scores.masked_fill(forced & (position < ends), torch.inf)
+    return ranked.argsort(dim=-1, descending=True, stable=True)[..., :budget]
+
+
+def compared_lanes(lanes: Sequence[LaneStep], slots: torch.Tensor) -> list[ComparedLanes]:
+    """Lanes that asked for another selector than FASA, grouped by what they asked for.
+
+    Args:
+        lanes: The requests of the batch, in order.
+        slots: Position to slot, lane after lane, int32.
+    """
+    groups: dict[FasaRequest, list[tuple[int, int, int]]] = {}
+    begin = 0
+    for i, lane in enumerate(lanes):
+        if lane.request is not None and lane.request.selector != "fasa":
+            full = lane.full_prefix_len
+            groups.setdefault(lane.request, []).append((i, begin + full, lane.live_len - full))
+        begin += lane.seq_len
+    made = []
+    for request, found in groups.items():
+        chosen, starts, lengths = (list(column) for column in zip(*found, strict=True))
+        made.append(ComparedLanes(request, chosen, starts, lengths, slots))
+    return made

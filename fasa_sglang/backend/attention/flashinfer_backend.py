@@ -1,0 +1,204 @@
+"""FASA on the GPU: SGLang's FlashInfer backend plus selection, eager or in CUDA graphs.
+
+Prefill, dense decode and the writing of keys are SGLang's own code. In a sparse step SGLang's
+``forward_decode`` is given a ``SparseDecode`` as its decode wrapper, which selects and then attends.
+
+Under CUDA graphs every batch size is captured once per ``Variant``, and a batch replays the
+cheapest one that covers it, so a batch without FASA pays for writing labels and nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any
+
+import torch
+from sglang.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend
+
+from fasa_sglang.backend.attention.base import FasaBackend
+from fasa_sglang.backend.attention.sparse_decode import SparseDecode
+from fasa_sglang.backend.attention.variant import Variant
+from fasa_sglang.backend.step import LaneStep
+from fasa_sglang.config import FasaConfig
+from fasa_sglang.flashinfer_ext.buffers import PlannerBuffers
+from fasa_sglang.flashinfer_ext.planner import SparseIndexPlanner
+
+logger = logging.getLogger(__name__)
+
+
+class FasaFlashInferAttnBackend(FasaBackend, FlashInferAttnBackend):
+    """Dense prefill; sparse decode for the lanes that use FASA.
+
+    Args:
+        runner: SGLang's ``ModelRunner``, its KV pool allocated.
+        config: The server's settings; ``calibration`` must be set.
+
+    Raises:
+        FasaError: The calibration is missing, broken or of another model.
+    """
+
+    forward_metadata: Any
+    has_variants = True
+
+    def __init__(self, runner: Any, config: FasaConfig) -> None:
+        super().__init__(runner, init_new_workspace=runner.init_new_workspace)
+        self.start_fasa(runner, config)
+        self.dtype = runner.dtype
+        self.num_qo_heads = self.indices_updater_decode.num_qo_heads
+        self.num_kv_heads, self.head_dim = self.token_to_kv_pool.k_buffer[0].shape[1:]
+        self.max_kv_len = min(self.max_context_len, self.token_to_kv_pool.size)
+        self._graph_buffers: PlannerBuffers | None = None
+        self._graph_decodes: dict[int, SparseDecode] = {}
+        self._eager_buffers: PlannerBuffers | None = None
+        self._eager_decodes: dict[int, SparseDecode] = {}
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int, *args: Any) -> None:
+        """Allocate the buffers that captured kernels use."""
+        super().init_cuda_graph_state(max_bs, max_num_tokens, *args)
+        self._graph_buffers = self._new_buffers(max_bs, self.max_kv_len)
+        logger.info(
+            "FASA: %.0f MiB of scratch for batches of %d up to %d tokens",
+            self._graph_buffers.nbytes / 2**20,
+            max_bs,
+            self.max_kv_len,
+        )
+
+    def _prepare_cuda_graph_metadata(
+        self, bs: int, num_tokens: int, forward_mode: Any, spec_info: Any
+    ) -> None:
+        wrappers = self.decode_cuda_graph_metadata.get(bs)
+        super()._prepare_cuda_graph_metadata(bs, num_tokens, forward_mode, spec_info)
+        if wrappers is not None and forward_mode.is_decode_or_idle():
+            # Another variant of a captured size. The earlier graph reads the plan of its own
+            # wrappers, so every variant has to be planned through the same ones.
+            self.decode_cuda_graph_metadata[bs] = wrappers
+            self.forward_metadata.decode_wrappers = wrappers
+
+    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
+        """Prepare a captured or replayed forward pass; runs before the graph."""
+        decoding = forward_batch.forward_mode.is_decode_or_idle()
+        self.variant = Variant.DENSE
+        if decoding:
+            self.variant = self.capturing or self._needed()
+        super().init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
+        if decoding and not in_capture:
+            self.pruner.rows_were_read()
+        if self.variant is Variant.DENSE:
+            return
+        batch_size = forward_batch.batch_size
+        decode = self._graph_decodes.get(batch_size)
+        if decode is None:
+            assert in_capture and self._graph_buffers is not None
+            slots = self.cuda_graph_kv_indices[0]
+            decode = self._new_decode(batch_size, slots, self._graph_buffers)
+            self._graph_decodes[batch_size] = decode
+        self._start(decode, forward_batch, [] if in_capture else self.lanes)
+
+    def init_forward_metadata(self, forward_batch: Any) -> None:
+        """Prepare an eager forward pass."""
+        super().init_forward_metadata(forward_batch)
+        decoding = forward_batch.forward_mode.is_decode_or_idle()
+        if decoding:
+            self.pruner.rows_were_read()
+        self.variant = self._needed() if decoding else Variant.DENSE
+        if self.variant is Variant.DENSE:
+            return
+        batch_size = forward_batch.batch_size
+        decode = self._eager_decode(batch_size, int(forward_batch.seq_lens_cpu.max()))
+        # SGLang makes a new tensor for every eager step; plans want one that stays.
+        slots = self.decode_wrappers[0]._paged_kv_indices_buf
+        decode.slots[: len(slots)].copy_(slots)
+        self._start(decode, forward_batch, self.lanes)
+
+    def _eager_decode(self, batch_size: int, max_len: int) -> SparseDecode:
+        """Buffers and plans of a batch size, allocated when first needed or outgrown."""
+        buffers = self._eager_buffers
+        if buffers is None or buffers.max_batch_size < batch_size or buffers.max_kv_len < max_len:
+            # Twice as large as needed, so that a growing batch does not allocate at every step. A
+            # request with pruned tokens may be longer than the pool.
+            doubled = max(2 * max_len, buffers.max_kv_len if buffers else 0)
+            max_len = max(max_len, min(self.max_kv_len, doubled))
+            lanes = max(2 * batch_size, buffers.max_batch_size if buffers else 0)
+            buffers = self._eager_buffers = self._new_buffers(lanes, max_len)
+            size = lanes * max_len
+            self._eager_slots = torch.zeros(size, dtype=torch.int32, device=buffers.out.device)
+            self._eager_decodes.clear()
+        if batch_size not in self._eager_decodes:
+            self._eager_decodes[batch_size] = self._new_decode(
+                batch_size, self._eager_slots, buffers
+            )
+        return self._eager_decodes[batch_size]
+
+    def forward_decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+    ) -> torch.Tensor:
+        """SGLang's decode, with selection in the steps and layers that select."""
+        dense = self.forward_metadata
+        selects = self.plan.selects(layer.layer_id)
+        if self.variant is Variant.MIXED or (self.variant is Variant.SPARSE and selects):
+            self._decode.layer = layer.layer_id
+            self.forward_metadata = dataclasses.replace(dense, decode_wrappers=[self._decode])
+        try:
+            out = super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
+        finally:
+            self.forward_metadata = dense
+        self.write_labels(layer, forward_batch)
+        if layer.layer_id == self.plan.last and self.variant is not Variant.DENSE:
+            self._decode.end_step()
+        return out
+
+    def _needed(self) -> Variant:
+        """The cheapest variant that covers the coming batch."""
+        if all(lane.request is None for lane in self.lanes):
+            return Variant.DENSE
+        # In a sparse step dense layers use SGLang's own wrapper, which cannot skip pruned tokens.
+        selects_only = all(lane.planner_lane.selects_only for lane in self.lanes)
+        return Variant.SPARSE if selects_only else Variant.MIXED
+
+    def _start(self, decode: SparseDecode, forward_batch: Any, lanes: list[LaneStep]) -> None:
+        kv_lens = forward_batch.seq_lens_cpu.tolist()
+        decode.start(lanes, kv_lens, mixed=self.variant is Variant.MIXED)
+        self._decode = decode
+
+    def _new_buffers(self, max_batch_size: int, max_kv_len: int) -> PlannerBuffers:
+        return PlannerBuffers(
+            max_batch_size=max_batch_size,
+            max_kv_len=max_kv_len,
+            num_qo_heads=self.num_qo_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            max_budget=self.config.max_budget,
+            combine=self.config.combine,
+            dtype=self.dtype,
+            device=self.workspace_buffer.device,
+        )
+
+    def _new_decode(
+        self, batch_size: int, slots: torch.Tensor, buffers: PlannerBuffers
+    ) -> SparseDecode:
+        planner = SparseIndexPlanner(
+            self.workspace_buffer,
+            batch_size=batch_size,
+            num_qo_heads=self.num_qo_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            dtype=self.dtype,
+            paged_kv_indices_buffer=slots,
+            buffers=buffers,
+        )
+        return SparseDecode(
+            planner,
+            slots,
+            self.label_cache,
+            self.plan,
+            self.pruner.importance,
+            self.num_selecting,
+            self.config.combine,
+        )

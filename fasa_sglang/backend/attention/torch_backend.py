@@ -1,0 +1,151 @@
+"""FASA's reference backend: SGLang's torch backend plus selection, in float32 torch.
+
+It runs wherever torch does, one request at a time. Prefill and dense decode are SGLang's own
+code, so a request that does not use FASA gets exactly what ``torch_native`` gives.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+
+from fasa_sglang.backend.attention.base import FasaBackend
+from fasa_sglang.backend.step import LaneStep
+from fasa_sglang.config import FasaConfig
+from fasa_sglang.ops import reference
+from fasa_sglang.requests import FasaRequest
+from fasa_sglang.selectors import SELECTORS, DecodeView
+
+
+class FasaTorchAttnBackend(FasaBackend, TorchNativeAttnBackend):
+    """Dense prefill; sparse decode for the lanes that use FASA.
+
+    Args:
+        runner: SGLang's ``ModelRunner``, its KV pool allocated.
+        config: The server's settings; ``calibration`` must be set.
+
+    Raises:
+        FasaError: The calibration is missing, broken or of another model.
+    """
+
+    def __init__(self, runner: Any, config: FasaConfig) -> None:
+        super().__init__(runner)
+        self.start_fasa(runner, config)
+
+    def init_forward_metadata(self, forward_batch: Any) -> None:
+        """Prepare one forward pass: where the sparse lanes are, and a batch without them."""
+        super().init_forward_metadata(forward_batch)
+        sparse = [i for i, lane in enumerate(self.lanes) if lane.request is not None]
+        # By whether a layer selects. SGLang's dense attention cannot skip pruned tokens, so lanes
+        # that have them are ours in dense layers, too.
+        self.own_lanes = {True: sparse, False: [i for i in sparse if self.lanes[i].pruned]}
+        self.dense_views = {}
+        for selects, lanes in self.own_lanes.items():
+            # The dense pass covers the whole batch; one token is the least it can read.
+            self.dense_views[selects] = view = copy.copy(forward_batch)
+            if lanes:
+                view.seq_lens = forward_batch.seq_lens.clone()
+                view.seq_lens[lanes] = 1
+
+    def forward_decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+    ) -> torch.Tensor:
+        """SGLang's dense decode, then FASA in the lanes that use it."""
+        selects = self.plan.selects(layer.layer_id)
+        view = self.dense_views[selects]
+        out = super().forward_decode(q, k, v, layer, view, save_kv_cache)
+        q = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        for i in self.own_lanes[selects]:
+            slots = self._slots(forward_batch, i)
+            out[i] = self._attend(q[i], slots, layer, self.lanes[i]).flatten().to(out.dtype)
+        self.write_labels(layer, forward_batch)
+        if layer.layer_id == self.plan.last:
+            self._end_step(forward_batch)
+        return out
+
+    def _slots(self, forward_batch: Any, i: int) -> torch.Tensor:
+        """Slots of a lane's live tokens, in order."""
+        row = self.req_to_token_pool.req_to_token[forward_batch.req_pool_indices[i]]
+        slots = row[: self.lanes[i].seq_len]
+        return slots[slots != 0] if self.lanes[i].pruned else slots
+
+    def _end_step(self, forward_batch: Any) -> None:
+        if not self.num_selecting:
+            return
+        for i in self.own_lanes[True]:
+            lane = self.lanes[i]
+            if lane.prunes:
+                slots = self._slots(forward_batch, i)[lane.prompt_len :]
+                self.pruner.importance.end_step(slots, self.num_selecting)
+
+    def _attend(
+        self, q: torch.Tensor, slots: torch.Tensor, layer: Any, lane: LaneStep
+    ) -> torch.Tensor:
+        """One lane of one layer: score, select, attend. ``q`` and the result ``[HQ, D]``."""
+        assert lane.request is not None
+        q, slots = q[None], slots[None].long()
+        seq_lens = torch.tensor([lane.live_len], device=q.device)
+        k_cache = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
+        v_cache = self.token_to_kv_pool.get_value_buffer(layer.layer_id)
+        if not self.plan.selects(layer.layer_id):
+            everything = torch.arange(lane.live_len, device=q.device)
+            positions = everything.expand(1, k_cache.shape[1], -1)
+        else:
+            scores = self._score(q, k_cache, slots, seq_lens, layer, lane.request)
+            positions, _ = reference.select_tokens(
+                scores,
+                seq_lens,
+                budget=lane.request.budget,
+                sink=lane.request.sink,
+                recent=lane.request.recent,
+                full_prefix_lens=torch.tensor([lane.full_prefix_len]),
+            )
+            if lane.prunes:
+                self.pruner.importance.count(slots[0][positions])
+        return reference.focused_attention(
+            q, k_cache, v_cache, slots, positions, sm_scale=layer.scaling
+        )
+
+    def _score(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        slots: torch.Tensor,
+        seq_lens: torch.Tensor,
+        layer: Any,
+        request: FasaRequest,
+    ) -> torch.Tensor:
+        """Rank the tokens with the request's selector, ``[1, HKV, L]``."""
+
+        def label_scores() -> torch.Tensor:
+            return reference.token_importance(
+                q,
+                self.label_cache.layer(layer.layer_id),
+                slots,
+                seq_lens,
+                sm_scale=layer.scaling,
+                combine=self.config.combine,
+            )
+
+        view = DecodeView(
+            q=q,
+            k_cache=k_cache,
+            slots=slots,
+            seq_lens=seq_lens,
+            label_scores=label_scores,
+            head_dims=self.label_cache.head_dims(layer.layer_id),
+            sm_scale=layer.scaling,
+            combine=self.config.combine,
+            # Different draws for every layer and step, the same ones in a repeated run.
+            seeds=[hash((request.seed, layer.layer_id, slots.shape[1]))],
+        )
+        return SELECTORS[request.selector].scores(view)

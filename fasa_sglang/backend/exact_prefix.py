@@ -1,0 +1,38 @@
+"""The exact-prefix rule: the radix tree receives only what a dense run would have computed.
+
+Keys and values that a sparse step computed belong to that request's approximation. In the tree
+another request, a dense one included, would read them as if they were exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fasa_sglang.backend.host import free_row_tail
+from fasa_sglang.backend.pruner import pruner_of
+from fasa_sglang.names import REQ_ATTRIBUTE
+
+
+def limit_to_exact_prefix(result: int, req: Any) -> int:
+    """How many leading tokens of an ending request the radix tree may keep."""
+    state = getattr(req, REQ_ATTRIBUTE, None)
+    if state is None or state.exact_len is None:
+        return result
+    return min(result, state.exact_len)
+
+
+def free_inexact_tail(
+    original: Callable[..., None], req: Any, start: int, end: int, tree_cache: Any
+) -> None:
+    """Free what ``limit_to_exact_prefix`` withheld; SGLang asserts that nothing is left over."""
+    state = getattr(req, REQ_ATTRIBUTE, None)
+    pruner = pruner_of(tree_cache)
+    if state is not None and pruner is not None:
+        pruner.forget(req)
+    if state is None or state.exact_len is None:
+        original(req, start, end, tree_cache)
+    elif pruner is not None and state.prune.pruned:
+        pruner.release(req, start, end, tree_cache)
+    elif start < end:
+        free_row_tail(req, start, end, tree_cache)

@@ -1,0 +1,58 @@
+"""Memory that SGLang must leave beside its KV pool: labels and the scratch of captured steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fasa_sglang.backend.host import decode_graph_settings, first_layer_of_stage, heads_of_rank
+from fasa_sglang.backend.served import fasa_config, load_dominant_fcs, uses_fasa
+from fasa_sglang.config import FasaConfig
+from fasa_sglang.layer_plan import LayerPlan
+from fasa_sglang.ops.label_format import LABEL_FORMATS
+
+
+def reserve_label_bytes(
+    original: Callable[..., int], configurator: Any, kvc: Any, num_layers: int
+) -> int:
+    """Add the label cache to the bytes that SGLang counts per token of its pool."""
+    cell_size = original(configurator, kvc, num_layers)
+    if not uses_fasa(kvc.server_args):
+        return cell_size
+    dominant, num_fcs = load_dominant_fcs(kvc.model_config)
+    config = fasa_config(kvc.model_config)
+    _, num_kv_heads = heads_of_rank(kvc.model_config)
+    plan = LayerPlan.of_model(dominant.model.num_layers, config.num_dense_layers)
+    num_selecting = len(plan.stage(first_layer_of_stage(kvc), num_layers).selecting)
+    configurator.fasa_scratch_bytes = graph_scratch_bytes(kvc.model_config, config)
+    label_format = LABEL_FORMATS[config.label_dtype]
+    return cell_size + label_format.bytes_per_token(num_selecting, num_kv_heads, num_fcs)
+
+
+def reserve_scratch(
+    configurator: Any, available_bytes: int, *args: Any, **kwargs: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Keep the scratch of captured sparse steps out of the memory that the pool divides up."""
+    reserved = getattr(configurator, "fasa_scratch_bytes", 0)
+    return (configurator, available_bytes - reserved, *args), kwargs
+
+
+def graph_scratch_bytes(model_config: Any, config: FasaConfig) -> int:
+    """Bytes that captured sparse steps will allocate beside labels and pool."""
+    decode = decode_graph_settings()
+    if decode.backend == "disabled":
+        return 0
+    from fasa_sglang.flashinfer_ext.buffers import PlannerBuffers
+
+    num_qo_heads, num_kv_heads = heads_of_rank(model_config)
+    return PlannerBuffers(
+        max_batch_size=max(decode.bs or [decode.max_bs]),
+        max_kv_len=model_config.context_len,
+        num_qo_heads=num_qo_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=model_config.head_dim,
+        max_budget=config.max_budget,
+        combine=config.combine,
+        dtype=model_config.dtype,
+        device="meta",
+    ).nbytes

@@ -1,0 +1,1 @@
+"""Subcommands of ``fasa`` that belong to the runtime."""

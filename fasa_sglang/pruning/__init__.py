@@ -1,0 +1,1 @@
+"""Which generated tokens lose their KV slots, and when."""

@@ -1,0 +1,1 @@
+"""``fasa bench``: kernels, a server, memory, and an agent loop."""

@@ -1,0 +1,1 @@
+"""``fasa eval``: what sparse decoding does to the answers of a model."""

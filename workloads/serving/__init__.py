@@ -1,0 +1,1 @@
+"""Start a model in SGLang and send it requests."""
