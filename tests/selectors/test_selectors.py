@@ -1,4 +1,4 @@
-"""Properties of every selector, for each entry of the registry; new ones are covered as they are."""
+"""Properties of every selector, for each entry of the registry."""
 
 from __future__ import annotations
 
