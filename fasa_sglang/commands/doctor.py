@@ -123,11 +123,12 @@ def _hooks() -> str:
     load_plugins()
     # After the plugins: these modules import much of SGLang, which the hooks reach by name.
     from fasa_sglang.backend.hooks import HOOKS
+    from fasa_sglang.backend.host import SUPPORTED_VERSIONS
     from fasa_sglang.backend.refusals import missing_hooks
 
     missing = missing_hooks()
     if missing:
-        raise FasaError(f"cannot hook {', '.join(missing)}; use SGLang 0.5.17 to 0.5.23")
+        raise FasaError(f"cannot hook {', '.join(missing)}; use {SUPPORTED_VERSIONS}")
     return f"{len(HOOKS)} of {len(HOOKS)} applied"
 
 
