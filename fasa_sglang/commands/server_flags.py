@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -163,8 +164,9 @@ def _without(argv: list[str], positional: str) -> list[str]:
     """The arguments without the positional one, which a flag's value may be equal to."""
     for i, argument in enumerate(argv):
         others = argv[:i] + argv[i + 1 :]
-        if argument == positional and not _parse(others)[1]:
-            return others
+        with suppress(ConfigError):
+            if argument == positional and not _parse(others)[1]:
+                return others
     raise AssertionError(f"{positional} is not among {argv}")
 
 
