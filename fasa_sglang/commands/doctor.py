@@ -124,11 +124,13 @@ def _hooks() -> str:
     # After the plugins: these modules import much of SGLang, which the hooks reach by name.
     from fasa_sglang.backend.hooks import HOOKS
     from fasa_sglang.backend.refusals import missing_hooks
+    from fasa_sglang.frontend import frontend_hooks, missing_frontend_hooks
 
-    missing = missing_hooks()
+    missing = missing_hooks() + missing_frontend_hooks()
     if missing:
         raise FasaError(f"cannot hook {', '.join(missing)}; use SGLang 0.5.17 to 0.5.23")
-    return f"{len(HOOKS)} of {len(HOOKS)} applied"
+    count = len(HOOKS) + len(frontend_hooks())
+    return f"{count} of {count} applied"
 
 
 def _configuration(calibration: str | None) -> str:
