@@ -143,11 +143,13 @@ def _hooks() -> str:
     from fasa_sglang.backend.hooks import HOOKS
     from fasa_sglang.backend.host import SUPPORTED_VERSIONS
     from fasa_sglang.backend.refusals import missing_hooks
+    from fasa_sglang.frontend import frontend_hooks, missing_frontend_hooks
 
-    missing = missing_hooks()
+    missing = missing_hooks() + missing_frontend_hooks()
     if missing:
         raise FasaError(f"cannot hook {', '.join(missing)}; use {SUPPORTED_VERSIONS}")
-    return f"{len(HOOKS)} of {len(HOOKS)} applied"
+    count = len(HOOKS) + len(frontend_hooks())
+    return f"{count} of {count} applied"
 
 
 def _configuration(model: str | None, calibration: str | None) -> str:
