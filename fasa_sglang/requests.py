@@ -98,6 +98,12 @@ def parse_request(
             f"fasa.prune_budget must be at least {kept}, the sum of sink, prune_recent and "
             f"prune_grace, got {request.prune_budget}"
         )
+    if request.prune != "off" and request.selector != "fasa":
+        raise RequestError(
+            "fasa.prune needs the selector 'fasa', whose selections decide what is pruned, got "
+            f"{request.selector!r}; leave out fasa.prune, or compare pruning rules with the server "
+            "setting prune_rule"
+        )
     return request
 
 

@@ -92,7 +92,9 @@ class LaneTable:
             lanes: The requests of the batch. Missing ones at the end are padding, which is dense.
             kv_lens: Tokens of every lane, pruned ones included, ``[batch_size]``.
         """
-        host = torch.empty(self._table.shape, dtype=torch.int32, pin_memory=self._table.is_cuda)
+        host = torch.empty(
+            self._table.shape, dtype=torch.int32, device="cpu", pin_memory=self._table.is_cuda
+        )
         part = {name: tensor.numpy() for name, tensor in self._parts(host).items()}
         lengths = np.asarray(kv_lens, dtype=np.int32)
         part["indptr"][0] = 0

@@ -70,9 +70,9 @@ class ShrinkableDecode:
         # The first plan loads the kernel and overwrites the buffers; later plans do not.
         before = indptr.clone(), last_page_len.clone()
         self._wrapper.plan(
-            torch.arange(rows + 1, dtype=torch.int32),
+            torch.arange(rows + 1, dtype=torch.int32, device="cpu"),
             indices[:rows],
-            torch.ones(rows, dtype=torch.int32),
+            torch.ones(rows, dtype=torch.int32, device="cpu"),
             *self._heads,
             1,
             q_data_type=dtype,
@@ -90,11 +90,12 @@ class ShrinkableDecode:
         Args:
             lengths: Tokens of each row, ``[rows]``, on the host.
         """
-        steps = (torch.tensor(lengths, dtype=torch.int32).clamp(min=1) - 1) // PLAN_STEP + 1
+        lens = torch.tensor(lengths, dtype=torch.int32, device="cpu")
+        steps = (lens.clamp(min=1) - 1) // PLAN_STEP + 1
         if self._planned is not None and torch.equal(steps, self._planned):
             return
         self._plan_copied.synchronize()
-        indptr = torch.zeros(len(steps) + 1, dtype=torch.int32)
+        indptr = torch.zeros(len(steps) + 1, dtype=torch.int32, device="cpu")
         torch.cumsum(steps * PLAN_STEP, 0, out=indptr[1:])
         flashinfer.fast_decode_plan(
             self._wrapper,

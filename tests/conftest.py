@@ -44,7 +44,9 @@ def smollm2_path() -> Path:
 def smollm2_dominant(smollm2_path: Path) -> Any:
     """SmolLM2 calibrated as ``fasa calibrate`` does it by default."""
     from fasa_sglang.calibration import corpus
-    from fasa_sglang.calibration.calibrate import CalibrationSettings, calibrate, load_model
+    from fasa_sglang.calibration.calibrate import calibrate
+    from fasa_sglang.calibration.model import load_model
+    from fasa_sglang.calibration.settings import CalibrationSettings
 
     model, tokenizer = load_model(str(smollm2_path), "cpu")
     return calibrate(
@@ -124,7 +126,9 @@ def random_calibration(random_model: Path, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="session")
 def tiny_calibration(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     from fasa_sglang.calibration import corpus
-    from fasa_sglang.calibration.calibrate import CalibrationSettings, calibrate, load_model
+    from fasa_sglang.calibration.calibrate import calibrate
+    from fasa_sglang.calibration.model import load_model
+    from fasa_sglang.calibration.settings import CalibrationSettings
 
     model, tokenizer = load_model(str(tiny_path), "cpu")
     settings = CalibrationSettings(num_fcs=8, tokens=512, top_k=32, num_queries=8)

@@ -17,8 +17,10 @@ from rich.table import Table
 
 from fasa_sglang import __version__
 from fasa_sglang.calibration import corpus
-from fasa_sglang.calibration.calibrate import CalibrationSettings, calibrate, load_model
-from fasa_sglang.calibration.command import progress_bar
+from fasa_sglang.calibration.calibrate import calibrate
+from fasa_sglang.calibration.model import load_model
+from fasa_sglang.calibration.progress import progress_bar
+from fasa_sglang.calibration.settings import CalibrationSettings
 from fasa_sglang.calibration_cache import cache_dir
 from fasa_sglang.errors import FasaError
 from fasa_sglang.workloads.models.packaged import MODEL_HELP, find_model

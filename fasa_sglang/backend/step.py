@@ -18,7 +18,7 @@ from fasa_sglang.errors import RequestError
 from fasa_sglang.flashinfer_ext.lane import DENSE, Lane
 from fasa_sglang.layer_plan import LayerPlan
 from fasa_sglang.names import META_KEY, REQ_ATTRIBUTE
-from fasa_sglang.pruning.policy import PruneState
+from fasa_sglang.pruning.state import PruneState
 from fasa_sglang.requests import FasaRequest, parse_request
 
 
@@ -186,7 +186,7 @@ def launch_step(batch: Any, config: FasaConfig, plan: LayerPlan, usage: Usage) -
             state.launched.clear()
             state.launched.append(None)
             state.exact_len = None
-            state.prune.pruned = 0
+            state.prune.restart()
         return []
     lens = row_lengths(batch)
     lanes = []

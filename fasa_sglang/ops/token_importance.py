@@ -56,13 +56,15 @@ def _importance_kernel(
     FIRST: tl.constexpr,
     MOST: tl.constexpr,
 ):
-    i_s, i_b, i_hb = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_s, i_b = tl.program_id(0), tl.program_id(1)
+    # First head of this program; a constant where one block holds all heads.
+    i_h = tl.program_id(2) * HB if HB < H else 0
     # Before the branch, so that the two loads wait together.
     seq_len, start = tl.load(seq_lens_ptr + i_b), tl.load(starts_ptr + i_b)
     if i_s * BT >= seq_len:
         return
     sink, recent = tl.load(sinks_ptr + i_b), tl.load(recents_ptr + i_b)
-    o_h, o_f, o_g = i_hb * HB + tl.arange(0, HB), tl.arange(0, FP), tl.arange(0, GP)
+    o_h, o_f, o_g = i_h + tl.arange(0, HB), tl.arange(0, FP), tl.arange(0, GP)
     o_hf = o_h[:, None] * F + o_f[None, :]
     m_hf = (o_h < H)[:, None] & (o_f < F)[None, :]
     b_dim = tl.load(dims_ptr + o_hf, mask=m_hf, other=0)[:, :, None]
@@ -74,8 +76,8 @@ def _importance_kernel(
         b_q = tl.sum(b_q, axis=2, keep_dims=True) / G
     b_q = b_q.to(tl.float16)  # [HB, FP, GP or 1]
     o_r = tl.arange(0, HB * FP)
-    m_r = ((i_hb * HB + o_r // FP < H) & (o_r % FP < F))[None, :]
-    o_r = ((i_hb * HB + o_r // FP) * F + o_r % FP)[None, :]
+    m_r = ((i_h + o_r // FP < H) & (o_r % FP < F))[None, :]
+    o_r = ((i_h + o_r // FP) * F + o_r % FP)[None, :]
     p_slot = slots_ptr + start
 
     if not MEAN:

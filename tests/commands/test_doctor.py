@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from fasa_sglang.cli import own_command
+from fasa_sglang.own_command import own_command
 from fasa_sglang.names import PLATFORM_NAME
 
 # What Python does for a package that is not installed.

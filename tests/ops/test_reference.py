@@ -1,7 +1,7 @@
 """The float32 reference: FASA's algebra on awkward shapes.
 
 Slots that no request owns hold NaN, and so does slot 0, which padding points to: reading a token
-that is not there poisons the result.
+past a request's end poisons the result.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from fasa_sglang.ops import reference
+from fasa_sglang.ops.label_format import LABEL_FORMATS, LabelFormat
+from fasa_sglang.ops.layer_labels import LayerLabels
 
 CASES = [
     # seq_lens, num_kv_heads, group, head_dim
@@ -38,14 +40,18 @@ class Batch:
     def num_kv_heads(self) -> int:
         return self.k_cache.shape[1]
 
-    def labels(self, dims: torch.Tensor) -> torch.Tensor:
+    def labels(self, dims: torch.Tensor) -> LayerLabels:
         return plain_labels(self.k_cache, dims)
 
 
-def plain_labels(k: torch.Tensor, dims: torch.Tensor) -> torch.Tensor:
+# Exact labels, to test the algebra without rounding.
+FLOAT32 = LabelFormat("float32", torch.float32, 32, False, None, (0, 0))
+
+
+def plain_labels(k: torch.Tensor, dims: torch.Tensor) -> LayerLabels:
     """Labels of mean 0 and scale 1."""
     zeros = torch.zeros(dims.shape)
-    return reference.pack_labels(k, dims, zeros, zeros + 1, torch.float32)
+    return LayerLabels(FLOAT32.pack(k, dims, zeros, zeros + 1), dims, zeros + 1, FLOAT32)
 
 
 def make_batch(
@@ -102,8 +108,6 @@ def test_fasa_decode_with_budget_of_at_least_the_length_is_dense(
         batch.k_cache,
         batch.v_cache,
         batch.labels(dims),
-        dims,
-        torch.ones(dims.shape),
         batch.slots,
         batch.seq_lens,
         budget=max(seq_lens) + extra,
@@ -124,8 +128,6 @@ def test_token_importance_over_all_dims_is_the_mean_logit(
     scores = reference.token_importance(
         batch.q,
         batch.labels(dims),
-        dims,
-        torch.ones(dims.shape),
         batch.slots,
         batch.seq_lens,
         sm_scale=batch.sm_scale,
@@ -140,34 +142,36 @@ def test_token_importance_over_all_dims_is_the_mean_logit(
         assert (scores[b, :, seq_len - 1 :] == -torch.inf).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16], ids=str)
-def test_scaled_labels_rank_like_plain_ones(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("label_format", LABEL_FORMATS.values(), ids=lambda f: f.name)
+def test_token_importance_of_packed_labels_correlates_with_exact_scores(
+    label_format: LabelFormat,
+) -> None:
     """Keys far off zero and of very different sizes; the mean shifts all scores alike."""
     batch = make_batch((64,), 2, 2, 16)
     sizes = torch.logspace(-2, 2, 16)
     keys = batch.k_cache * sizes + 20 * sizes
     dims = first_dims(batch, 8)
     owned = batch.slots[0, :64].long()
-    mean = keys[owned].mean(dim=0).gather(-1, dims)
-    scale = (keys[owned] - keys[owned].mean(dim=0)).abs().amax(dim=0).gather(-1, dims)
-    labels = reference.pack_labels(keys, dims, mean, scale, dtype)
+    mean = keys[owned].mean(dim=0)
+    scale = torch.ones(dims.shape)
+    if label_format.scaled:
+        scale = (keys[owned] - mean).abs().amax(dim=0).gather(-1, dims)
+    packed_cache = label_format.pack(keys, dims, mean.gather(-1, dims), scale)
 
-    def scores(labels: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    def scores(labels: LayerLabels) -> torch.Tensor:
         return reference.token_importance(
             batch.q / sizes,
             labels,
-            dims,
-            scale,
             batch.slots,
             batch.seq_lens,
             sm_scale=1.0,
             combine="mean",
         )[..., :63]
 
-    plain = scores(plain_labels(keys, dims), torch.ones(dims.shape))
-    packed = scores(labels, scale)
-    plain, packed = (x - x.mean(dim=-1, keepdim=True) for x in (plain, packed))
-    correlation = (plain * packed).sum(-1) / (plain.norm(dim=-1) * packed.norm(dim=-1))
+    exact = scores(plain_labels(keys, dims))
+    packed = scores(LayerLabels(packed_cache, dims, scale, label_format))
+    exact, packed = (x - x.mean(dim=-1, keepdim=True) for x in (exact, packed))
+    correlation = (exact * packed).sum(-1) / (exact.norm(dim=-1) * packed.norm(dim=-1))
     assert (correlation > 0.999).all()
 
 
@@ -183,8 +187,6 @@ def test_token_importance_reads_only_the_dominant_dims(
         return reference.token_importance(
             q,
             labels,
-            dims,
-            torch.ones(dims.shape),
             batch.slots,
             batch.seq_lens,
             sm_scale=1.0,
@@ -198,8 +200,7 @@ def test_token_importance_reads_only_the_dominant_dims(
     assert torch.equal(scores(changed.flatten(1, 2)), scores(batch.q))
 
 
-def test_nrm_is_relative_to_the_first_and_latest_tokens() -> None:
-    """A token may stand out from these, but not without bound."""
+def test_nrm_anchors_at_the_first_and_latest_tokens_and_caps_what_exceeds_them() -> None:
     scores = torch.zeros(2, 1, 100)
     scores[0, 0, [2, 30, 31, 95]] = torch.tensor([1.0, 3.0, 99.0, 2.0])
     scores[1, 0, [2, 50]] = torch.tensor([-1.0, 4.0])
@@ -211,7 +212,7 @@ def test_nrm_is_relative_to_the_first_and_latest_tokens() -> None:
     assert (mass[1, 60:] == -torch.inf).all()
 
 
-def test_nrm_sums_peak_normalised_mass() -> None:
+def test_nrm_sums_the_peak_normalised_mass_of_a_group() -> None:
     scores = torch.tensor([[[0.0, 1.0, -torch.inf], [5.0, 3.0, -torch.inf]]])
     expected = [
         [torch.tensor(-1.0).exp().item() + 1, 1 + torch.tensor(-2.0).exp().item(), -torch.inf]
@@ -219,14 +220,14 @@ def test_nrm_sums_peak_normalised_mass() -> None:
     torch.testing.assert_close(reference.combine_group(scores, "nrm"), torch.tensor(expected))
 
 
-def test_unknown_combine_rule_is_refused() -> None:
+def test_combine_group_with_an_unknown_rule_raises() -> None:
     with pytest.raises(ValueError, match="one of nrm, mean, got 'max'"):
         reference.combine_group(torch.zeros(1, 2, 3), "max")
 
 
 @pytest.mark.parametrize(("seq_lens", "num_kv_heads", "group", "head_dim"), CASES)
 @pytest.mark.parametrize("combine", reference.COMBINE_RULES)
-def test_permuting_slots_changes_nothing(
+def test_fasa_decode_does_not_depend_on_the_order_of_slots(
     seq_lens: tuple[int, ...], num_kv_heads: int, group: int, head_dim: int, combine: str
 ) -> None:
     batch = make_batch(seq_lens, num_kv_heads, group, head_dim)
@@ -243,8 +244,6 @@ def test_permuting_slots_changes_nothing(
             k,
             v,
             plain_labels(k, dims),
-            dims,
-            torch.ones(dims.shape),
             slots if permute else batch.slots,
             batch.seq_lens,
             budget=6,
@@ -258,7 +257,7 @@ def test_permuting_slots_changes_nothing(
 
 
 @pytest.mark.parametrize("budget", [4, 5, 16, 63, 64, 65])
-def test_select_tokens_keeps_sink_recent_and_the_best(budget: int) -> None:
+def test_select_tokens_includes_sink_and_recent_tokens_and_the_best(budget: int) -> None:
     seq_lens = torch.tensor([64, 3, 1, min(budget, 64)])
     scores = torch.randn(4, 2, 64)
     for b, seq_len in enumerate(seq_lens.tolist()):
@@ -266,16 +265,16 @@ def test_select_tokens_keeps_sink_recent_and_the_best(budget: int) -> None:
     positions, lens = reference.select_tokens(scores, seq_lens, budget=budget, sink=1, recent=2)
     for b, seq_len in enumerate(seq_lens.tolist()):
         for h in range(2):
-            kept = positions[b, h, : lens[b, h]].tolist()
+            selected = positions[b, h, : lens[b, h]].tolist()
             assert (positions[b, h, lens[b, h] :] == -1).all()
-            assert kept == sorted(set(kept))
-            assert len(kept) == min(budget, seq_len)
-            always = {0, *range(max(0, seq_len - 2), seq_len)}
-            assert always <= set(kept)
-            chosen = set(kept) - always
-            others = set(range(seq_len)) - set(kept)
-            if chosen and others:
-                assert min(scores[b, h, list(chosen)]) >= max(scores[b, h, list(others)])
+            assert selected == sorted(set(selected))
+            assert len(selected) == min(budget, seq_len)
+            forced = {0, *range(max(0, seq_len - 2), seq_len)}
+            assert forced <= set(selected)
+            ranked = set(selected) - forced
+            left_out = set(range(seq_len)) - set(selected)
+            if ranked and left_out:
+                assert min(scores[b, h, list(ranked)]) >= max(scores[b, h, list(left_out)])
 
 
 def test_select_tokens_breaks_ties_by_position() -> None:
@@ -285,7 +284,7 @@ def test_select_tokens_breaks_ties_by_position() -> None:
     assert positions.tolist() == [[[0, 1, 2, 3, 9]]]
 
 
-def test_full_prefix_comes_on_top_of_the_budget() -> None:
+def test_select_tokens_with_a_full_prefix_selects_it_on_top_of_the_budget() -> None:
     scores = torch.arange(20, dtype=torch.float32).flip(0).expand(2, 1, 20).contiguous()
     positions, lens = reference.select_tokens(
         scores,
@@ -300,7 +299,7 @@ def test_full_prefix_comes_on_top_of_the_budget() -> None:
     assert lens.tolist() == [[12], [4]]
 
 
-def test_focused_attention_over_nothing_is_zero() -> None:
+def test_focused_attention_without_selected_tokens_is_zero() -> None:
     batch = make_batch((5,), 2, 2, 8)
     out = reference.focused_attention(
         batch.q,
@@ -313,79 +312,17 @@ def test_focused_attention_over_nothing_is_zero() -> None:
     assert torch.equal(out, torch.zeros_like(out))
 
 
-def test_oracle_ranks_by_summed_softmax_weight() -> None:
-    batch = make_batch((17, 5), 2, 3, 16)
-    scores = reference.oracle_importance(
-        batch.q, batch.k_cache, batch.slots, batch.seq_lens, sm_scale=batch.sm_scale
+@pytest.mark.parametrize("prefix_len", [1, 3, 4, 9])
+def test_select_tokens_with_a_full_prefix_reserves_no_budget_for_a_sink(prefix_len: int) -> None:
+    """The sink may be longer than the prefix: the server's default is 4, a prompt may have 1."""
+    positions, lens = reference.select_tokens(
+        torch.arange(30, dtype=torch.float32)[None, None],
+        torch.tensor([30]),
+        budget=6,
+        sink=4,
+        recent=2,
+        full_prefix_lens=torch.tensor([prefix_len]),
     )
-    assert (scores[1, :, 5:] == -torch.inf).all()
-    # Weights of a head sum to one, so a group's sum to its size.
-    torch.testing.assert_close(scores[0].sum(dim=-1), torch.full((2,), 3.0))
-    keys = batch.k_cache[batch.slots[1, :5].long(), 1]
-    weights = (batch.q[1, 3:] @ keys.T * batch.sm_scale).softmax(dim=-1).sum(dim=0)
-    torch.testing.assert_close(scores[1, 1, :5], weights)
-
-
-def test_quest_bounds_every_token_and_ties_within_pages() -> None:
-    batch = make_batch((50, 16), 2, 1, 16)
-    scores = reference.quest_importance(
-        batch.q,
-        batch.k_cache,
-        batch.slots,
-        batch.seq_lens,
-        sm_scale=batch.sm_scale,
-        combine="mean",
-    )
-    for b, seq_len in enumerate((50, 16)):
-        keys = batch.k_cache[batch.slots[b, :seq_len].long()]
-        logits = torch.einsum("hd,lhd->hl", batch.q[b], keys) * batch.sm_scale
-        assert (scores[b, :, :seq_len] >= logits - 1e-5).all()
-        for page in scores[b, :, :seq_len].split(16, dim=-1):
-            assert (page == page[:, :1]).all()
-        assert (scores[b, :, seq_len:] == -torch.inf).all()
-
-
-def test_per_head_scores_read_each_heads_own_dims() -> None:
-    batch = make_batch((50, 16), 2, 3, 16)
-    head_dims = (torch.arange(6 * 16).view(6, 16) % 5 < 2).float()
-    scores = reference.per_head_importance(
-        batch.q,
-        head_dims,
-        batch.k_cache,
-        batch.slots,
-        batch.seq_lens,
-        sm_scale=batch.sm_scale,
-        combine="mean",
-    )
-    for b, seq_len in enumerate((50, 16)):
-        for head in range(2):
-            keys = batch.k_cache[batch.slots[b, :seq_len].long(), head]
-            logits = [
-                keys[:, head_dims[h].bool()] @ batch.q[b, h, head_dims[h].bool()]
-                for h in range(3 * head, 3 * head + 3)
-            ]
-            expected = torch.stack(logits).mean(dim=0) * batch.sm_scale
-            torch.testing.assert_close(scores[b, head, :seq_len], expected, rtol=1e-4, atol=1e-5)
-        assert (scores[b, :, seq_len:] == -torch.inf).all()
-
-
-def test_streaming_keeps_sink_and_the_newest() -> None:
-    seq_lens = torch.tensor([30, 12])
-    scores = reference.streaming_importance(seq_lens, 2, 30)
-    positions, _ = reference.select_tokens(scores, seq_lens, budget=6, sink=2, recent=1)
-    assert positions[0, 1].tolist() == [0, 1, 26, 27, 28, 29]
-    assert positions[1, 0].tolist() == [0, 1, 8, 9, 10, 11]
-
-
-def test_random_depends_on_its_seed_only() -> None:
-    alone = reference.random_importance(torch.tensor([4000]), 2, 4000, seeds=[-7])[0]
-    seq_lens = torch.tensor([90, 4000, 4000])
-    other, beside, third = reference.random_importance(seq_lens, 2, 4100, seeds=[1, -7, 2])
-    assert torch.equal(beside[:, :4000], alone)
-    assert (beside[:, 4000:] == -torch.inf).all() and (other[:, 90:] == -torch.inf).all()
-    # Requests, KV heads and neighbours have nothing to do with each other.
-    rows = torch.stack([alone[0], alone[1], third[0, :4000], alone[0].roll(1)])
-    assert (torch.corrcoef(rows) - torch.eye(4)).abs().max() < 0.06
-    # And no part of a request is preferred.
-    kept = alone.topk(1000).indices.float()
-    assert ((kept.mean(dim=-1) / 2000 - 1).abs() < 0.06).all()
+    # The best tokens are the last ones, so that a forced sink beyond the prefix would show.
+    assert positions[0, 0].tolist() == [*range(prefix_len), *range(24, 30)]
+    assert lens.tolist() == [[prefix_len + 6]]

@@ -33,7 +33,7 @@ from rich.table import Table
 from fasa_sglang import __version__
 from fasa_sglang.calibration import corpus
 from fasa_sglang.calibration_cache import model_fingerprint
-from fasa_sglang.dominant_fcs import FORMAT
+from fasa_sglang.calibration_file import FORMAT
 from fasa_sglang.errors import FasaError
 from fasa_sglang.selectors import SELECTORS
 from fasa_sglang.workloads.eval.pooled import pool, pool_tables

@@ -10,7 +10,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from fasa_sglang.cli import own_command
+from fasa_sglang.own_command import own_command
 from fasa_sglang.errors import FasaError
 
 # SGLang's FlashInfer sampler and grammar compilers need a GPU, and no workload needs them.

@@ -132,3 +132,4 @@ def plan_step(result: Any, cls: Any, batch: Any, model_runner: Any, **kwargs: An
     backend = getattr(model_runner, "attn_backend", None)
     if isinstance(backend, FasaBackend):
         backend.lanes = launch_step(batch, backend.config, backend.plan, backend.usage)
+        backend.pruner.start_averages(batch, backend.lanes)

@@ -1,7 +1,7 @@
 """FASA on the GPU: SGLang's FlashInfer backend plus selection, eager or in CUDA graphs.
 
 Prefill, dense decode and the writing of keys are SGLang's own code. In a sparse step SGLang's
-``forward_decode`` is given a ``SparseDecode`` as its decode wrapper, which selects and then attends.
+``forward_decode`` is given a ``SparseDecode`` as its wrapper, which selects and then attends.
 
 Under CUDA graphs every batch size is captured once per ``Variant``, and a batch replays the
 cheapest one that covers it, so a batch without FASA pays for writing labels and nothing else.

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from fasa_sglang.cli import main, own_command
+from fasa_sglang.cli import main
+from fasa_sglang.own_command import own_command
 from fasa_sglang.workloads.eval.settings import Setting, needs_choosing, parse_settings
 from fasa_sglang.workloads.eval.tasks.base import Sample, require_room
 from fasa_sglang.workloads.serving.server import running_server
