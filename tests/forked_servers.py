@@ -18,6 +18,7 @@ import time
 import traceback
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -93,10 +94,8 @@ class ForkedServer:
             return 0, str(error)
 
     def _end(self, outcome: Outcome) -> Outcome:
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         if outcome.exit_code is None:
             os.waitpid(self.pid, 0)
         outcome.log = self.log.read_text(errors="replace")
@@ -133,7 +132,7 @@ def _import_sglang() -> None:
     import sglang.srt.entrypoints.http_server
     import sglang.srt.managers.detokenizer_manager
     import sglang.srt.managers.scheduler
-    import sglang.srt.models.registry  # noqa: F401
+    import sglang.srt.models.registry
 
     sglang.launch_server.load_plugins()
 

@@ -44,7 +44,7 @@ def test_require_flags_unsupported_value_is_refused_with_the_reason(name: str) -
     if not known(name):
         pytest.skip(f"this release has no {name}")
     supported, reason = FLAGS[name]
-    value: Any = UNSUPPORTED[name] if name in UNSUPPORTED else not supported
+    value: Any = UNSUPPORTED.get(name, not supported)
     args = ServerArgs(model_path="unused", **{name: value})
     with pytest.raises(UnsupportedHostError) as refused:
         refusals.require_flags(args)
@@ -98,5 +98,5 @@ def test_require_capability_refuses_fp8_labels_below_8_9(
 
 @pytest.mark.parametrize("label_dtype", LABEL_FORMATS)
 def test_require_capability_where_no_format_works_names_another_backend(label_dtype: str) -> None:
-    with pytest.raises(UnsupportedHostError, match="got 7.5; use another attention backend"):
+    with pytest.raises(UnsupportedHostError, match=r"got 7\.5; use another attention backend"):
         refusals.require_capability(label_dtype, (7, 5))

@@ -63,7 +63,7 @@ class Startup:
 
 def flag_startup(name: str) -> Startup:
     """A start-up with an unsupported value of a flag of the table."""
-    supported, reason = FLAGS[name]
+    supported, _ = FLAGS[name]
     option = f"--{name.replace('_', '-')}"
     flags = (option,) if supported is False else (option, FLAG_VALUES[name])
     if name in ENDED_BY_SGLANG:
@@ -179,11 +179,9 @@ def paths(
 
 
 @pytest.fixture(scope="module")
-def smollm2_shape_calibration(
-    smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> str:
+def smollm2_shape_calibration(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A calibration that fits SmolLM2, with arbitrary chunks."""
-    from fasa_sglang.dominant_fcs import ModelShape
+    from fasa_sglang.model_shape import ModelShape
     from fasa_sglang.workloads.models.shapes import any_chunks, load_config
 
     path = tmp_path_factory.mktemp("calibration") / "smollm2.safetensors"
@@ -192,9 +190,7 @@ def smollm2_shape_calibration(
 
 
 @pytest.fixture(scope="module")
-def outcomes(
-    paths: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Outcome]:
+def outcomes(paths: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     """What happened at every start-up."""
     folder = tmp_path_factory.mktemp("outcomes")
     startups = [
@@ -226,9 +222,7 @@ def arguments(startup: Startup, paths: dict[str, str]) -> list[str]:
 
 
 @pytest.mark.parametrize("name", STARTUPS)
-def test_startup_serves_or_ends_with_one_sentence(
-    name: str, outcomes: dict[str, Outcome]
-) -> None:
+def test_startup_serves_or_ends_with_one_sentence(name: str, outcomes: dict[str, Outcome]) -> None:
     expected, outcome = STARTUPS[name].expected, outcomes[name]
     if expected not in (SERVES, IS_DENSE):
         assert outcome.plain is None, f"it serves: {outcome.sparse}"
