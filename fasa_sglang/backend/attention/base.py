@@ -12,12 +12,12 @@ from fasa_sglang.backend.attention.label_cache import LabelCache
 from fasa_sglang.backend.attention.variant import Variant
 from fasa_sglang.backend.metrics import Usage
 from fasa_sglang.backend.pruner import Pruner
-from fasa_sglang.backend.served import load_dominant_fcs, uses_fasa
+from fasa_sglang.backend.served import load_dominant_fcs
 from fasa_sglang.backend.step import LaneStep, launch_step
 from fasa_sglang.config import FasaConfig
 from fasa_sglang.errors import UnsupportedHostError
 from fasa_sglang.layer_plan import LayerPlan
-from fasa_sglang.names import POOL_ATTRIBUTE
+from fasa_sglang.names import POOL_ATTRIBUTE, RUNNER_ATTRIBUTE
 from fasa_sglang.ops.label_format import LABEL_FORMATS
 
 logger = logging.getLogger(__name__)
@@ -71,6 +71,7 @@ class FasaBackend:
         self.usage = Usage(runner.server_args, labels.nbytes, parallel.attn_tp_rank == 0)
         self.pruner = Pruner(config, labels.shape[1], labels.device, self.usage)
         setattr(runner.req_to_token_pool, POOL_ATTRIBUTE, self.pruner)
+        setattr(runner, RUNNER_ATTRIBUTE, self)
         kv_bytes = sum(buffer.nbytes for buffer in (*pool.k_buffer, *pool.v_buffer))
         logger.info(
             "FASA: %s, %s, selector %s, budget %d (at most %d), sink %d, recent %d, %d of %d "
@@ -146,7 +147,7 @@ def plan_step(result: Any, cls: Any, batch: Any, model_runner: Any, **kwargs: An
     if isinstance(backend, FasaBackend):
         backend.lanes = launch_step(batch, backend.config, backend.plan, backend.usage)
         backend.pruner.start_averages(batch, backend.lanes)
-    elif uses_fasa(model_runner.server_args):
+    elif hasattr(model_runner, RUNNER_ATTRIBUTE):
         raise UnsupportedHostError(
             f"SGLang runs {type(backend).__name__} in place of FASA's attention backend; FASA "
             "does not work with this model or these flags; use another --attention-backend"
