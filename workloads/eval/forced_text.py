@@ -25,7 +25,7 @@ async def force(
 def compare_steps(
     run: Sequence[Step],
     reference: Sequence[Step],
-    divergence: Callable[[Step, Step], float] = divergence,
+    distance: Callable[[Step, Step], float] = divergence,
 ) -> dict[str, float]:
     """Means over the decode steps; the first step belongs to the prefill, which is always dense.
 
@@ -35,7 +35,7 @@ def compare_steps(
     """
     pairs = list(zip(reference[1:], run[1:], strict=True))
     return {
-        "kl": sum(divergence(dense, step) for dense, step in pairs) / len(pairs),
+        "kl": sum(distance(dense, step) for dense, step in pairs) / len(pairs),
         "nll": -sum(step.logprob for _, step in pairs) / len(pairs),
         "top1": sum(step.best == dense.best for dense, step in pairs) / len(pairs),
     }
