@@ -1,4 +1,4 @@
-"""``fasa bench``: ``ops`` times kernels, ``serve`` and ``memory`` servers, ``agent`` an agent loop."""
+"""``fasa bench``: time kernels, servers, KV memory or an agent loop."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     combines = parse_choices("--combine", args.combine, COMBINE_RULES)
     if not torch.cuda.is_available():
         raise FasaError("fasa bench ops measures CUDA kernels and found no CUDA GPU; run it on one")
-    # FlashInfer and Triton can only be imported where there is a GPU.
+    # Only this command needs FlashInfer.
     from fasa_sglang.workloads.bench.ops_case import HEAD_DIM, NUM_KV_HEADS, NUM_QO_HEADS, OpsCase
 
     heads = (NUM_QO_HEADS, NUM_KV_HEADS, HEAD_DIM)

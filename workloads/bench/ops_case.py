@@ -113,7 +113,7 @@ class OpsCase:
         return replay_us(lambda: wrapper.run(self.q, (k_pages, v_pages), out=out), self.copies)
 
     def _labels(self, name: str) -> LayerLabels:
-        """Labels of all keys, written by the kernel, over random dims with random mean and scale."""
+        """Labels of all keys, written by the kernel, with random dims, means and scales."""
         share, label_format = LABELS[name]
         num_fcs = int(HEAD_DIM // 2 * share)
         width = 2 * num_fcs

@@ -83,6 +83,9 @@ def run(args: argparse.Namespace) -> None:
             "max_running_requests": max(batch for batch, _ in cases),
             "cuda_graph_bs_decode": sorted({batch for batch, _ in cases}),
         }
+        if not torch.cuda.is_available():
+            # The default pool would take a third of the machine's memory.
+            overrides["max_total_tokens"] = 2 * max(batch * tokens for batch, tokens in cases)
         rows: list[Row] = []
         backends: dict[str, str] = {}
         for baseline in args.baseline:

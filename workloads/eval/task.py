@@ -14,7 +14,7 @@ from fasa_sglang.workloads.eval.settings import Setting
 TASKS: dict[str, type[Task]] = {}
 """Our own tasks by name."""
 HARNESSES: list[type[HarnessTask]] = []
-"""Adapters of other evaluation harnesses."""
+"""Adapters of other evaluation harnesses, by precedence."""
 
 
 @dataclass(frozen=True)
@@ -143,14 +143,17 @@ class HarnessTask(Task):
 
     Attributes:
         harness: Name of the harness; a subclass that defines it is registered.
+        precedence: If several harnesses have a task of the same name, the lowest number wins.
     """
 
     harness: ClassVar[str]
+    precedence: ClassVar[int] = 1
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if "harness" in vars(cls):
             HARNESSES.append(cls)
+            HARNESSES.sort(key=lambda harness: harness.precedence)
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -32,6 +32,8 @@ class SglEvalTask(HarnessTask):
     """
 
     harness = "sgl-eval"
+    # The harness of the SGLang project itself.
+    precedence = 0
     metrics: ClassVar = {
         "score": "sgl-eval's score",
         "followed": "share of dense decoding's text before the first difference",
