@@ -36,7 +36,6 @@ ALLOWED = {
     "prometheus_client": ("fasa_sglang.backend.metrics",),
     "datasets": (
         "fasa_sglang.calibration.corpus",
-        "fasa_sglang.workloads.eval.tasks.kept_data",
         "fasa_sglang.workloads.eval.tasks.lm_eval_task",
     ),
     "matplotlib": ("fasa_sglang.calibration.heatmap", "fasa_sglang.workloads.plots"),
