@@ -83,14 +83,14 @@ def test_bench_serve_reports_every_engine_against_every_baseline(tmp_path: Path)
         timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(report.read_text())
-    label = found["baselines"]["auto"]
+    payload = json.loads(report.read_text())
+    label = payload["baselines"]["auto"]
     assert label.endswith(" (SGLang's default)")
-    rows = [(row["engine"], row["fasa"]) for row in found["rows"]]
+    rows = [(row["engine"], row["fasa"]) for row in payload["rows"]]
     assert rows == [(label, False), ("fasa", False), ("fasa", True)]
-    for row in found["rows"]:
+    for row in payload["rows"]:
         assert list(row["speedups"]) == [label] and row["tpot_ms"] > 0
-    assert found["rows"][0]["kv_read_ratio"] is None
+    assert payload["rows"][0]["kv_read_ratio"] is None
     assert f"x {label}" in done.stdout.replace("\n", " ") and plot.stat().st_size
 
 
