@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fasa_sglang.calibration_cache import cached_calibration
+from fasa_sglang.calibration_file import FORMAT
 from fasa_sglang.config import FasaConfig
-from fasa_sglang.dominant_fcs import FORMAT
 from fasa_sglang.errors import FasaError
 from fasa_sglang.names import BACKEND_NAME
 from fasa_sglang.workloads.device import device_name

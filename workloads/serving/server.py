@@ -12,8 +12,8 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from fasa_sglang.own_command import own_command
 from fasa_sglang.errors import FasaError
+from fasa_sglang.own_command import own_command
 from fasa_sglang.workloads.serving.engine import AUTO, device_arguments
 
 # SGLang's FlashInfer sampler and its grammar compilers need a GPU, and no workload needs them.

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fasa_sglang.calibration_cache import cached_calibration
-from fasa_sglang.dominant_fcs import FORMAT
+from fasa_sglang.calibration_file import FORMAT
 from fasa_sglang.errors import FasaError
 from fasa_sglang.workloads.eval import server_identity
 from fasa_sglang.workloads.eval.server_identity import of_running_server, of_started_server
