@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sglang.srt.managers import schedule_batch
 from transformers import AutoTokenizer
 
 from fasa_sglang.calibration import corpus
@@ -21,7 +21,8 @@ SETTINGS = {"min_seq_len": 0, "max_budget": 8192}
 SETTINGS |= {"prune_interval": 8, "prune_recent": 8, "prune_grace": 4}
 SPARSE = {"budget": 40, "sink": 2, "recent": 4}
 PRUNING = {**SPARSE, "prune": "generated", "prune_budget": 16}
-BEAMS = hasattr(schedule_batch, "append_beam_tail")
+# SGLang 0.5.17 has no beam search.
+BEAMS = find_spec("sglang.srt.beam_search") is not None
 BEAM_TOKENS = 20
 
 
@@ -53,7 +54,9 @@ def beams(
             send(prompt, **greedy, custom_params={"fasa": fasa} if fasa else None)
             for prompt, fasa in others
         ]
-        requests += [send(prompt, beam_width=2, n=2, max_new_tokens=BEAM_TOKENS) for prompt in prompts]
+        requests += [
+            send(prompt, beam_width=2, n=2, max_new_tokens=BEAM_TOKENS) for prompt in prompts
+        ]
         return await asyncio.gather(*requests)
 
     replies = engine.loop.run_until_complete(send_all())
@@ -86,7 +89,12 @@ def test_dense_covered_and_beam_requests_equal_torch_native(
     # Every prompt dense, covered and sparse, in turn with either form of each.
     requests = [(i, fasa[2 * kind + (i + kind) % 2]) for i in range(count) for kind in range(3)]
     random.Random(0).shuffle(requests)
-    beside = [(prompts[3], SPARSE), (prompts[3], PRUNING), (prompts[2], None), (prompts[2], PRUNING)]
+    beside = [
+        (prompts[3], SPARSE),
+        (prompts[3], PRUNING),
+        (prompts[2], None),
+        (prompts[2], PRUNING),
+    ]
     settings = {**SETTINGS, "calibration": smollm2_calibration}
     with running_engine(smollm2_path, settings, **SERVER) as engine:
         replies = generate(

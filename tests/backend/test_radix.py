@@ -60,9 +60,7 @@ def reply_alone(engine: Any, prompt: list[int], fasa: Any) -> dict[str, Any]:
     return reply
 
 
-def check_against_alone(
-    engine: Any, sent: list[tuple[list[int], Any, dict[str, Any]]]
-) -> None:
+def check_against_alone(engine: Any, sent: list[tuple[list[int], Any, dict[str, Any]]]) -> None:
     """Compare replies, as (prompt, ``fasa``, reply), with those that the requests get alone."""
     problems = []
     for prompt, fasa, reply in sent:

@@ -25,7 +25,9 @@ def ints(values: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("seq_lens", [(1,), (5, 3000, 40), (1024, 1025, 2048, 7)])
-def test_close_gaps_with_and_without_tombstones_moves_live_slots_to_the_front(seq_lens: tuple[int, ...]) -> None:
+def test_close_gaps_with_and_without_tombstones_moves_live_slots_to_the_front(
+    seq_lens: tuple[int, ...],
+) -> None:
     from fasa_sglang.ops.tombstones import close_gaps
 
     generator = torch.Generator().manual_seed(0)
