@@ -1,4 +1,4 @@
-"""Offline calibration: which frequency chunks of a model rank tokens like its whole heads.
+"""Offline calibration: find the frequency chunks that rank tokens like a model's whole heads.
 
-Meets the server only through the file that ``DominantFCs`` reads and writes.
+The server reads only the ``DominantFCs`` file that a calibration writes.
 """

@@ -1,78 +1,21 @@
-"""``fasa calibrate``: a model and a text become a ``DominantFCs`` file."""
+"""Rank the frequency chunks of a model on a text, and judge the ranking on another."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
-from rich.progress import Progress
 
 from fasa_sglang import __version__
 from fasa_sglang.calibration.capture import Consumer, capture_qk
-from fasa_sglang.calibration.corpus import Text
-from fasa_sglang.calibration.rankers import RANKERS, rank_statistics, selection_quality
-from fasa_sglang.dominant_fcs import DominantFCs, ModelShape
+from fasa_sglang.calibration.corpus import CHARS_PER_TOKEN, Text
+from fasa_sglang.calibration.model import context_length
+from fasa_sglang.calibration.progress import LayerProgress
+from fasa_sglang.calibration.rankers import rank_statistics, selection_quality
+from fasa_sglang.calibration.settings import CalibrationSettings
+from fasa_sglang.dominant_fcs import MIN_K_SCALE, DominantFCs
 from fasa_sglang.errors import CalibrationError
-
-
-@dataclass(frozen=True)
-class CalibrationSettings:
-    """How to calibrate.
-
-    Args:
-        ranker: What orders the chunks; see ``rankers.rank_statistics``.
-        num_fcs: Chunks a server reads unless it is told otherwise; None takes
-            ``ModelShape.default_num_fcs``.
-        tokens: Length of the text, in tokens of the model.
-        top_k: K of the rankers and of the held-out figures, in tokens.
-        num_queries: Decode-like queries sampled from the second half of the text.
-        seed: Seed of that sample.
-
-    Raises:
-        CalibrationError: A value is out of its range.
-    """
-
-    ranker: str = "deviation"
-    num_fcs: int | None = None
-    tokens: int = 4096
-    top_k: int = 256
-    num_queries: int = 32
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.ranker not in RANKERS:
-            raise CalibrationError(
-                f"ranker must be one of {', '.join(RANKERS)}, got {self.ranker!r}"
-            )
-        if self.top_k < 1 or self.num_queries < 1 or self.tokens < 4 * self.top_k:
-            raise CalibrationError(
-                "calibration needs top_k and num_queries of at least 1 and at least 4 * top_k "
-                f"tokens, got top_k {self.top_k}, num_queries {self.num_queries} and tokens "
-                f"{self.tokens}"
-            )
-
-
-def load_model(path: str, device: str) -> tuple[Any, Any]:
-    """Load a model and its tokenizer for calibration: float32 on a CPU, bfloat16 on a GPU.
-
-    Raises:
-        CalibrationError: There is no such model.
-    """
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation="sdpa"
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CalibrationError(
-            f"cannot load the model {path} ({reason}); expected a Hugging Face folder or hub name"
-        ) from error
-    return model.eval().to(device), tokenizer
+from fasa_sglang.model_shape import ModelShape
 
 
 def calibrate(
@@ -82,62 +25,69 @@ def calibrate(
     held_out: Text,
     settings: CalibrationSettings,
     interleaved: bool | None = None,
-    progress: Progress | None = None,
+    progress: LayerProgress | None = None,
 ) -> DominantFCs:
     """Rank the frequency chunks of every KV head.
 
     Args:
-        model: A transformers model with ``sdpa`` attention.
+        model: A transformers model with ``sdpa`` attention, on one device or on several.
         tokenizer: Its tokenizer.
-        text: Ranks the chunks.
-        held_out: Judges the ranking; figures go into the file's provenance.
-        settings: How.
+        text: The text that ranks the chunks.
+        held_out: The text that judges the ranking; the figures go into the provenance.
+        settings: How to calibrate.
         interleaved: The rotary layout, for a model type that ``rope.py`` does not know.
-        progress: Shows a bar for each pass over the layers.
+        progress: Called after every layer of each of the two passes.
 
     Returns:
-        The calibration; equal arguments give an equal one.
+        The calibration; equal arguments give equal calibrations.
 
     Raises:
         CalibrationError: A text is too short, or longer than the model's context.
-        UnsupportedModelError: The model's attention is not covered.
+        UnsupportedModelError: FASA does not support the model's attention.
     """
     shape = ModelShape.from_config(model.config, interleaved)
-    chunk_dims = shape.rope.chunk_dims().to(model.device)
+    settings = settings.for_context(context_length(model))
+    assert settings.tokens is not None and settings.top_k is not None
+    tokens, top_k = settings.tokens, settings.top_k
+    chunk_dims = shape.rope.chunk_dims()
     num_fcs = shape.default_num_fcs if settings.num_fcs is None else settings.num_fcs
     shape.check_num_fcs(num_fcs)
-    positions = _sample_positions(settings)
+    positions = _sample_positions(tokens, settings.num_queries, settings.seed)
     values: list[torch.Tensor] = []
     means: list[torch.Tensor] = []
     scales: list[torch.Tensor] = []
 
     def rank(layer: int, q: torch.Tensor, k: torch.Tensor, sm_scale: float) -> None:
-        ranker = settings.ranker
-        statistics = rank_statistics(q, k, chunk_dims, positions, settings.top_k, [ranker])
-        values.append(statistics[ranker])
+        dims, ranker = chunk_dims.to(k.device), settings.ranker
+        values.append(rank_statistics(q, k, dims, positions, top_k, [ranker])[ranker])
         mean = k.float().mean(dim=1)
         means.append(mean.cpu())
-        scales.append((k.float() - mean[:, None]).abs().amax(dim=1).cpu())
+        spread = (k.float() - mean[:, None]).abs().amax(dim=1).cpu()
+        # Labels are divided by the spread, and a zero-padded head has none.
+        scales.append(torch.where(spread < MIN_K_SCALE, 1.0, spread))
+        if progress is not None:
+            progress("ranking", layer + 1, shape.num_layers)
 
-    ids = _tokenize(tokenizer, text, settings, model)
-    held_out_ids = _tokenize(tokenizer, held_out, settings, model)
-    _run(model, ids, rank, _bar(progress, "ranking", shape.num_layers))
+    ids = _tokenize(tokenizer, text, tokens)
+    held_out_ids = _tokenize(tokenizer, held_out, tokens)
+    _run(model, ids, rank)
     score = torch.stack(values)
     groups = score.unflatten(1, (shape.num_kv_heads, -1)).mean(dim=2)
-    # Stable, so that equal scores keep RoPE's order on every machine.
+    # A stable sort keeps RoPE's order of equal scores on every machine.
     ranking = groups.argsort(dim=-1, descending=True, stable=True)
 
     grid = sorted({max(1, shape.rope.num_chunks // part) for part in (8, 4, 2)} | {num_fcs})
     sums = {name: torch.zeros(len(grid)) for name in ("agreement", "mass", "oracle_mass")}
 
     def judge(layer: int, q: torch.Tensor, k: torch.Tensor, sm_scale: float) -> None:
-        quality = selection_quality(
-            q, k, chunk_dims, positions, settings.top_k, ranking[layer], grid, sm_scale
-        )
+        dims = chunk_dims.to(k.device)
+        quality = selection_quality(q, k, dims, positions, top_k, ranking[layer], grid, sm_scale)
         for name, value in quality.items():
             sums[name].add_(value / shape.num_layers)
+        if progress is not None:
+            progress("judging", layer + 1, shape.num_layers)
 
-    _run(model, held_out_ids, judge, _bar(progress, "judging", shape.num_layers))
+    _run(model, held_out_ids, judge)
     return DominantFCs(
         model=shape,
         num_fcs=num_fcs,
@@ -150,8 +100,8 @@ def calibrate(
             "ranker": settings.ranker,
             "text": text.name,
             "text_sha256": text.sha256,
-            "tokens": settings.tokens,
-            "top_k": settings.top_k,
+            "tokens": tokens,
+            "top_k": top_k,
             "num_queries": settings.num_queries,
             "seed": settings.seed,
             "held_out": {
@@ -164,48 +114,32 @@ def calibrate(
     )
 
 
-def _sample_positions(settings: CalibrationSettings) -> torch.Tensor:
-    """Queries with at least half of the text before them, in rising order."""
-    half = settings.tokens // 2
-    generator = torch.Generator().manual_seed(settings.seed)
-    drawn = torch.randperm(settings.tokens - half, generator=generator)[: settings.num_queries]
+def _sample_positions(tokens: int, num_queries: int, seed: int) -> torch.Tensor:
+    """Draw positions of queries from the second half of a text, in ascending order."""
+    half = tokens // 2
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randperm(tokens - half, generator=generator)[:num_queries]
     return (drawn + half).sort().values
 
 
-def _tokenize(
-    tokenizer: Any, text: Text, settings: CalibrationSettings, model: Any
-) -> torch.Tensor:
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", settings.tokens)
-    if settings.tokens > context:
+def _tokenize(tokenizer: Any, text: Text, tokens: int) -> torch.Tensor:
+    """The first ``tokens`` token ids of a text, ``[tokens]``."""
+    # Texts are long; tokenize no more of one than any tokenizer needs.
+    content = text.content[: CHARS_PER_TOKEN * tokens]
+    ids = tokenizer(content, return_tensors="pt").input_ids[0, :tokens]
+    if len(ids) < tokens:
         raise CalibrationError(
-            f"calibration over {settings.tokens} tokens needs a context of as many, the model has "
-            f"{context}; pass a smaller --tokens"
+            f"calibration needs {tokens} tokens of text, {text.name} has {len(ids)}; give a longer "
+            "--text or a smaller --tokens"
         )
-    # Enough characters for any tokenizer, and no more: these texts are long.
-    content = text.content[: 16 * settings.tokens]
-    ids = tokenizer(content, return_tensors="pt").input_ids[0, : settings.tokens]
-    if len(ids) < settings.tokens:
-        raise CalibrationError(
-            f"calibration needs {settings.tokens} tokens of text, {text.name} has {len(ids)}; give "
-            "a longer --text or a smaller --tokens"
-        )
-    return ids.to(model.device)
+    return ids
 
 
-def _run(model: Any, ids: torch.Tensor, consume: Consumer, step: Callable[[], None]) -> None:
-    """One forward pass without the LM head, ``consume`` called and the bar moved per layer."""
-
-    def consume_and_step(layer: int, q: torch.Tensor, k: torch.Tensor, sm_scale: float) -> None:
-        consume(layer, q, k, sm_scale)
-        step()
-
-    with torch.inference_mode(), capture_qk(consume_and_step):
+def _run(model: Any, ids: torch.Tensor, consume: Consumer) -> None:
+    """Run the model without its LM head, passing each layer's q and k to ``consume``."""
+    # Weights that accelerate keeps outside the GPUs are on no device; its hooks move the ids.
+    device = model.get_input_embeddings().weight.device
+    if device.type != "meta":
+        ids = ids.to(device)
+    with torch.inference_mode(), capture_qk(consume):
         model.base_model(input_ids=ids[None], use_cache=False)
-
-
-def _bar(progress: Progress | None, name: str, total: int) -> Callable[[], None]:
-    """A function that moves a new bar of ``progress`` by one; without one it does nothing."""
-    if progress is None:
-        return lambda: None
-    task = progress.add_task(name, total=total)
-    return lambda: progress.advance(task)

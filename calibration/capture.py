@@ -1,4 +1,4 @@
-"""Capture the queries and keys of a transformers model as its attention sees them, after RoPE."""
+"""Capture the queries and keys of a transformers model after RoPE, as its attention gets them."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 HOOKED = "sdpa"
 Consumer = Callable[[int, torch.Tensor, torch.Tensor, float], None]
+"""Called with a layer, its q and k, and the scale of ``q @ k``; see ``capture_qk``."""
 
 
 @contextmanager
 def capture_qk(consume: Consumer) -> Iterator[None]:
-    """Hand the q and k of every attention call to ``consume``, one layer at a time.
+    """Pass the q and k of every attention call to ``consume``, one layer at a time.
 
-    Replaces transformers' ``sdpa`` attention by one that looks first, and puts it back on exit.
-    The model has to be loaded with ``attn_implementation="sdpa"``. Nothing is kept, so memory
-    holds one layer's tensors.
+    Wraps transformers' ``sdpa`` attention and restores it on exit. The model must have been loaded
+    with ``attn_implementation="sdpa"``. Only one layer's tensors are in memory at a time.
 
     Args:
-        consume: Called with the layer number; q ``[HQ, T, D]``; k ``[HKV, T, D]``, both after
-            RoPE (and qk-norm) in the model's dtype; and the scale of ``q @ k``.
+        consume: Called with the layer, counted from 0; q ``[HQ, T, D]`` and k ``[HKV, T, D]``, both
+            after RoPE and qk-norm, in the model's dtype and on the layer's device; and the scale of
+            ``q @ k``.
     """
     original = ALL_ATTENTION_FUNCTIONS[HOOKED]
 
@@ -39,5 +40,5 @@ def capture_qk(consume: Consumer) -> Iterator[None]:
     try:
         yield
     finally:
-        # The registered function lies below the one just set; deleting ours uncovers it.
+        # Ours shadows the registered function; deleting it restores that one.
         del ALL_ATTENTION_FUNCTIONS[HOOKED]

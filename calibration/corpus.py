@@ -1,4 +1,4 @@
-"""Texts to calibrate on: two that every CPython carries, a file, or a Hugging Face dataset."""
+"""Texts to calibrate on: two that come with CPython, a file, or a Hugging Face dataset."""
 
 from __future__ import annotations
 
@@ -10,37 +10,40 @@ from pathlib import Path
 
 from fasa_sglang.errors import CalibrationError
 
+CHARS_PER_TOKEN = 16
+"""Upper bound of the characters per token of any tokenizer, for texts to read."""
+
 
 @dataclass(frozen=True)
 class Text:
-    """A text and where it came from."""
+    """A text and its name in the provenance."""
 
     name: str
     content: str
 
     @property
     def sha256(self) -> str:
-        """Hash of the content, UTF-8."""
+        """SHA-256 of the content in UTF-8."""
         return hashlib.sha256(self.content.encode()).hexdigest()
 
 
 def default_text() -> Text:
-    """Python's own language reference as ``help()`` shows it, about 465 kB of English prose."""
+    """Return Python's language reference as ``help()`` shows it, 465 kB of English prose."""
     from pydoc_data.topics import topics
 
     return Text("pydoc_data.topics", "\n\n".join(topics[key] for key in sorted(topics)))
 
 
 def held_out_text() -> Text:
-    """Source code of the standard library: a text of another kind than ``default_text``."""
+    """Return source code of the standard library, which differs in kind from ``default_text``."""
     return Text("argparse.py", inspect.getsource(argparse))
 
 
 def text_file(path: str) -> Text:
-    """A UTF-8 text file of the user's.
+    """Read a UTF-8 text file.
 
     Raises:
-        CalibrationError: It cannot be read.
+        CalibrationError: The file cannot be read.
     """
     try:
         return Text(Path(path).name, Path(path).read_text())
@@ -51,14 +54,14 @@ def text_file(path: str) -> Text:
 
 
 def dataset_text(name: str, num_chars: int) -> Text:
-    """The ``text`` column of a Hugging Face dataset's training split, joined.
+    """Join the ``text`` column of a Hugging Face dataset's training split.
 
     Args:
-        name: Dataset name, or ``name:config``.
-        num_chars: Stop after this many characters.
+        name: Name of the dataset, or ``name:config``.
+        num_chars: Number of characters to read, rounded up to whole rows.
 
     Raises:
-        CalibrationError: The dataset cannot be had or has no text.
+        CalibrationError: The dataset cannot be read or has no text column.
     """
     from datasets import load_dataset
 
@@ -69,7 +72,7 @@ def dataset_text(name: str, num_chars: int) -> Text:
             parts.append(row["text"])
             if sum(map(len, parts)) >= num_chars:
                 break
-    except Exception as error:  # the library raises many kinds, down to the network's
+    except Exception as error:  # datasets raises many types, among them those of the network
         raise CalibrationError(
             f"cannot read the dataset {name} ({type(error).__name__}: {error}); expected a dataset "
             "with a text column; or give a file with --text"

@@ -1,14 +1,20 @@
-"""A picture of a calibration: which frequency chunks each layer relies on."""
+"""Draw a calibration: the frequency chunks that each layer relies on."""
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 
 from fasa_sglang.dominant_fcs import DominantFCs
+from fasa_sglang.output_file import write_whole
 
 
-def save_heatmap(dominant: DominantFCs, path: str | Path) -> None:
-    """Draw layers by frequency chunks, the ranker's value averaged over the query heads, as PNG."""
+def save_heatmap(dominant: DominantFCs, path: Path) -> None:
+    """Draw the ranker's values, averaged over query heads, by layer and chunk, and save as PNG.
+
+    Raises:
+        FasaError: The file cannot be written.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -21,5 +27,7 @@ def save_heatmap(dominant: DominantFCs, path: str | Path) -> None:
     axes.set_ylabel("layer")
     axes.set_title(f"{dominant.model.architecture}: {dominant.provenance['ranker']}")
     figure.colorbar(image, label="mean over query heads")
-    # Without the software's version, so that equal calibrations give equal pictures.
-    figure.savefig(path, format="png", dpi=100, metadata={"Software": None})
+    png = BytesIO()
+    # Without matplotlib's version, so that equal calibrations give equal pictures.
+    figure.savefig(png, format="png", dpi=100, metadata={"Software": None})
+    write_whole(path, png.getvalue())

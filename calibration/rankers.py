@@ -1,4 +1,4 @@
-"""How well each frequency chunk of a KV head ranks tokens, by four measures.
+"""Measures of how well each frequency chunk of a head ranks tokens.
 
 Shape letters: ``G`` query heads of the group, ``C`` chunks of a head, ``T`` tokens, ``D``
 head_dim, ``P`` sampled queries.
@@ -16,16 +16,18 @@ RANKERS = ("deviation", "separation", "agreement", "covariance")
 def chunk_scores(
     q: torch.Tensor, k: torch.Tensor, chunk_dims: torch.Tensor, positions: torch.Tensor
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Each chunk's share of the attention logits, query by query, as a decode step sees them.
+    """Compute each chunk's contribution to the attention logits, one query at a time.
 
     Args:
         q: ``[HQ, T, D]`` after RoPE.
         k: ``[HKV, T, D]`` after RoPE.
         chunk_dims: Head dims of each chunk, ``[C, 2]``.
-        positions: Queries to look at, ``[P]``; query ``t`` sees the tokens up to ``t``.
+        positions: Positions of the sampled queries, ``[P]``. As in a decode step, the query at
+            position ``t`` attends to the tokens up to ``t``.
 
     Yields:
-        KV head, and ``[G, C, t + 1]`` float32; summed over ``C`` these are the raw logits.
+        For each KV head and position: the KV head, and its ``[G, C, t + 1]`` contributions,
+        float32. Their sum over ``C`` is the raw logits.
     """
     groups = q.float().unflatten(0, (k.shape[0], -1))
     for head in range(k.shape[0]):
@@ -46,22 +48,27 @@ def rank_statistics(
     top_k: int,
     rankers: Sequence[str] = RANKERS,
 ) -> dict[str, torch.Tensor]:
-    """Each ranker's value of every chunk for every query head, averaged over queries.
+    """Rate every chunk of every query head, averaged over the queries.
 
-    ``deviation``: standard deviation of the chunk's logits over that of the head's. What the text
-    attends to does not enter, so it carries over to texts that attend to something else.
-    ``separation``: share of [mean logit of the true top-K] - [mean logit of all tokens].
-    ``agreement``: overlap of the chunk's own top-K with the head's, the paper's contextual
+    ``deviation``: standard deviation of the chunk's logits divided by that of the head's logits.
+    It does not depend on which tokens the calibration text attends to, so it carries over to texts
+    that attend elsewhere.
+    ``separation``: the chunk's share of [mean logit of the true top-K] - [mean logit of all
+    tokens].
+    ``agreement``: overlap of the chunk's own top-K with the head's top-K, the paper's contextual
     agreement (https://arxiv.org/abs/2602.03152, Eq. 4).
-    ``covariance``: share of the logits' variance that varies with the chunk.
+    ``covariance``: the chunk's share of the variance of the logits.
+
+    A query whose logits are all equal ranks nothing; it rates every chunk 0, or for ``agreement``
+    by the arbitrary top-K of equal logits.
 
     Args:
         q, k, chunk_dims, positions: As in ``chunk_scores``.
-        top_k: Tokens a query attends to; every position must see more.
-        rankers: Which of ``RANKERS``.
+        top_k: K, in tokens; at most the number of tokens that the first query attends to.
+        rankers: The measures to compute, from ``RANKERS``.
 
     Returns:
-        Ranker to ``[HQ, C]``, float32; larger is better.
+        ``[HQ, C]`` for each ranker, float32; larger is better.
     """
     shape = (k.shape[0], q.shape[0] // k.shape[0], len(chunk_dims))
     totals = {name: torch.zeros(shape, device=k.device) for name in rankers}
@@ -71,18 +78,23 @@ def rank_statistics(
     return {name: (total / len(positions)).flatten(0, 1).cpu() for name, total in totals.items()}
 
 
+def _ratio(part: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """``part / whole``, and 0 where ``whole`` is 0 because all logits of a head are equal."""
+    return torch.where(whole.abs() > torch.finfo(whole.dtype).tiny, part / whole, 0.0)
+
+
 def _deviation(scores: torch.Tensor, top_k: int) -> torch.Tensor:
-    """``[G, C]`` of one query's ``[G, C, T]``, as the other measures."""
+    """Rate the chunks for one query, like all measures: ``[G, C, T]`` to ``[G, C]``."""
     centred = scores - scores.mean(dim=-1, keepdim=True)
     full = centred.sum(dim=1, keepdim=True)
-    return (centred.square().mean(dim=-1) / full.square().mean(dim=-1)).sqrt()
+    return _ratio(centred.square().mean(dim=-1), full.square().mean(dim=-1)).sqrt()
 
 
 def _separation(scores: torch.Tensor, top_k: int) -> torch.Tensor:
     best = scores.sum(dim=1, keepdim=True).topk(top_k, dim=-1).indices
     at_best = scores.gather(-1, best.expand(-1, scores.shape[1], -1))
     separation = at_best.mean(dim=-1) - scores.mean(dim=-1)
-    return separation / separation.sum(dim=-1, keepdim=True)
+    return _ratio(separation, separation.sum(dim=-1, keepdim=True))
 
 
 def _agreement(scores: torch.Tensor, top_k: int) -> torch.Tensor:
@@ -96,7 +108,7 @@ def _agreement(scores: torch.Tensor, top_k: int) -> torch.Tensor:
 def _covariance(scores: torch.Tensor, top_k: int) -> torch.Tensor:
     centred = scores - scores.mean(dim=-1, keepdim=True)
     full = centred.sum(dim=1, keepdim=True)
-    return (centred * full).mean(dim=-1) / full.square().mean(dim=-1)
+    return _ratio((centred * full).mean(dim=-1), full.square().mean(dim=-1))
 
 
 _MEASURES: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
@@ -117,18 +129,18 @@ def selection_quality(
     num_fcs_grid: list[int],
     sm_scale: float,
 ) -> dict[str, torch.Tensor]:
-    """What a query head's top-K by the best chunks alone is worth, for several numbers of chunks.
+    """Judge the top-K that a query head selects by its best chunks alone.
 
     Args:
         q, k, chunk_dims, positions, top_k: As in ``rank_statistics``.
         ranking: Chunks of each KV head, best first, ``[HKV, C]``.
-        num_fcs_grid: Numbers of chunks to try.
-        sm_scale: Scale of the logits under the softmax.
+        num_fcs_grid: Numbers of chunks to judge.
+        sm_scale: Factor of the logits inside the softmax.
 
     Returns:
-        Means over queries and heads, ``[len(num_fcs_grid)]`` float32: ``agreement``, the overlap
-        with the true top-K (compound CA); ``mass``, the softmax mass it holds; and
-        ``oracle_mass``, the most that K tokens hold.
+        Means over queries and heads, each ``[len(num_fcs_grid)]``, float32: ``agreement``, the
+        overlap with the true top-K (the paper's compound CA); ``mass``, the softmax mass of the
+        selected tokens; and ``oracle_mass``, that of the true top-K, an upper bound.
     """
     totals = torch.zeros(3, len(num_fcs_grid), device=k.device)
     ranking = ranking.to(k.device).long()

@@ -1,6 +1,6 @@
 """FASA for SGLang: decode long contexts by reading only the tokens that matter to the query.
 
-After ``import fasa_sglang``, in whatever order with ``import sglang``, SGLang programs may say
+With ``import fasa_sglang`` before or after ``import sglang``, SGLang programs can call
 ``sgl.gen("answer", fasa=True)``; see :mod:`fasa_sglang.frontend`.
 """
 

@@ -1,7 +1,7 @@
-"""Run something once a module has been imported, whether that lies ahead or behind.
+"""Run a callback when a module is imported, or at once if it already was.
 
-``import fasa_sglang`` must not import SGLang, which takes seconds that ``fasa --help`` or a
-calibration have no use for, and yet has to extend it for whoever does import it.
+``import fasa_sglang`` has to extend SGLang's frontend without importing SGLang, which would cost
+``fasa --help`` several seconds.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from types import ModuleType
 
 
 class _Watcher:
-    """A finder that finds nothing of its own; it wraps the loader of one module, once."""
+    """A meta path finder that wraps the loader of one module and removes itself."""
 
     def __init__(self, name: str, action: Callable[[], None]) -> None:
         self.name, self.action = name, action
@@ -39,7 +39,7 @@ class _Watcher:
 
 
 def after_import(name: str, action: Callable[[], None]) -> None:
-    """Call ``action`` when the top-level module ``name`` has been imported; at once if it has."""
+    """Call ``action`` after the top-level module ``name`` is imported, or now if it already was."""
     if name in sys.modules:
         action()
     else:

@@ -1,4 +1,4 @@
-"""Calibrations kept per model, for servers that are told ``calibration="auto"``."""
+"""The cache of calibrations, for servers with ``calibration="auto"``."""
 
 from __future__ import annotations
 
@@ -6,42 +6,62 @@ import hashlib
 import os
 from pathlib import Path
 
-from fasa_sglang.dominant_fcs import FORMAT
-from fasa_sglang.errors import CalibrationError
+from fasa_sglang.calibration_file import FORMAT
+from fasa_sglang.errors import CalibrationError, FasaError
 
-WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt")
-# Of every weight file, this much of both ends goes into the fingerprint.
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt")
 EDGE_BYTES = 65536
+"""How much of either end of a weight file enters the fingerprint."""
 
 
 def cache_dir() -> Path:
-    """Where FASA keeps files: ``$XDG_CACHE_HOME`` or ``~/.cache``, below ``fasa-sglang``."""
+    """The folder of FASA's cache, ``fasa-sglang`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fasa-sglang"
 
 
-def cached_calibration(model: str) -> Path:
-    """Where the calibration of a model is kept, whether it is there or not.
+def create_cache_folder(folder: Path) -> None:
+    """Create a folder of the cache.
+
+    Raises:
+        FasaError: It cannot be created.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FasaError(
+            f"cannot create the cache folder {folder} ({error.strerror}); set XDG_CACHE_HOME to a "
+            "writable folder"
+        ) from error
+
+
+def cached_calibration(model: str, revision: str | None = None) -> Path:
+    """The path of a model's calibration in the cache, whether it exists or not.
 
     Args:
         model: Hugging Face folder or hub name.
+        revision: Branch, tag or commit of a hub model.
 
     Raises:
-        CalibrationError: There is no such model.
+        CalibrationError: The model does not exist.
     """
     name = Path(model).resolve().name if Path(model).is_dir() else model.replace("/", "--")
-    # One of an older format is made anew.
-    file = f"{name}-{model_fingerprint(model)}-{FORMAT}.safetensors"
+    # The format is part of the name, so that an older calibration is not used.
+    file = f"{name}-{model_fingerprint(model, revision)}-{FORMAT}.fasa"
     return cache_dir() / "calibrations" / file
 
 
-def model_fingerprint(model: str) -> str:
-    """Tell models apart by what they hold, so that a fine-tune is not taken for its base.
+def model_fingerprint(model: str, revision: str | None = None) -> str:
+    """Identify a model by its contents, so that a fine-tune differs from its base model.
 
-    A folder is known by its config and by name, size, beginning and end of its weight files; a hub
+    A folder is identified by its config and the name, size and both ends of its weight files, a hub
     model by its commit.
 
+    Args:
+        model: Hugging Face folder or hub name.
+        revision: Branch, tag or commit of a hub model.
+
     Raises:
-        CalibrationError: There is no such model.
+        CalibrationError: The model does not exist.
     """
     folder = Path(model)
     digest = hashlib.sha256()
@@ -50,10 +70,10 @@ def model_fingerprint(model: str) -> str:
             digest.update((folder / "config.json").read_bytes())
         except OSError as error:
             raise CalibrationError(
-                f"{model} holds no readable config.json ({error.strerror}); expected a Hugging "
-                "Face folder or hub name"
+                f"{model} has no readable config.json ({error.strerror}); expected a Hugging Face "
+                "folder or hub name"
             ) from error
-        for path in sorted(path for path in folder.iterdir() if path.suffix in WEIGHTS):
+        for path in sorted(path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES):
             size = path.stat().st_size
             digest.update(f"{path.name}:{size}:".encode())
             with path.open("rb") as file:
@@ -61,18 +81,18 @@ def model_fingerprint(model: str) -> str:
                 file.seek(max(0, size - EDGE_BYTES))
                 digest.update(file.read())
     else:
-        digest.update(f"{model}@{_commit(model)}".encode())
+        digest.update(f"{model}@{_commit(model, revision)}".encode())
     return digest.hexdigest()[:16]
 
 
-def _commit(model: str) -> str:
-    """The commit of a hub model that is or can be had."""
+def _commit(model: str, revision: str | None) -> str:
+    """The commit of a hub model, from the local hub cache if the hub cannot be reached."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        # .../snapshots/<commit>/config.json
-        return Path(hf_hub_download(model, "config.json")).parent.name
+        # The path is .../snapshots/<commit>/config.json.
+        return Path(hf_hub_download(model, "config.json", revision=revision)).parent.name
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CalibrationError(

@@ -1,16 +1,16 @@
-"""The ``fasa`` command. Each subcommand's code is imported only when it runs."""
+"""The ``fasa`` command. The code of a subcommand is imported only when it runs."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 
 from fasa_sglang import __version__
 from fasa_sglang.errors import FasaError
 
-# Subcommand: (module with add_arguments and run, one line of help).
 COMMANDS = {
     "doctor": (
         "fasa_sglang.commands.doctor",
@@ -22,25 +22,18 @@ COMMANDS = {
         "start SGLang with FASA; calibrates a model the first time",
     ),
     "bench": ("fasa_sglang.workloads.bench.command", "measure kernels, a server or an agent loop"),
-    "eval": (
-        "fasa_sglang.workloads.eval.command",
-        "measure the answers of a model",
-    ),
+    "eval": ("fasa_sglang.workloads.eval.command", "measure the quality of a model's answers"),
     "demo": ("fasa_sglang.workloads.demo", "serve a long prompt with and without FASA"),
 }
-
-
-def own_command(*arguments: str) -> list[str]:
-    """This command line, to be run in a process of its own.
-
-    ``-P`` keeps the working directory, which may be a checkout, from hiding what is installed.
-    """
-    code = "import sys; from fasa_sglang.cli import main; sys.exit(main(sys.argv[1:]))"
-    return [sys.executable, "-P", "-c", code, *arguments]
+"""For each subcommand, the module that defines ``add_arguments`` and ``run``, and its help."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; exit code 0 only if the thing was done."""
+    """Run the command line.
+
+    Returns:
+        The exit code: 0 if the command succeeded, 1 after an error of the user's, 130 after Ctrl-C.
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(prog="fasa", description="FASA for SGLang")
     parser.add_argument("--version", action="version", version=f"fasa-sglang {__version__}")
@@ -58,4 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FasaError as error:
         print(f"fasa {args.command}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     return 0

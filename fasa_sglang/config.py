@@ -15,55 +15,73 @@ from fasa_sglang.ops.reference import COMBINE_RULES
 from fasa_sglang.selectors import SELECTORS
 
 ENV = "FASA_CONFIG"
+OVERRIDES_FLAG = "--json-model-override-args"
+"""SGLang's flag whose ``fasa`` object holds the settings."""
+
 CHOICES: dict[str, tuple[str, ...]] = {
     "default": ("off", "on", "auto"),
     "combine": COMBINE_RULES,
     "label_dtype": tuple(LABEL_FORMATS),
     "prune_rule": ("fasa", "random", "oldest"),
     "rope_layout": ("auto", "neox", "interleaved"),
-    # With "any", every request chooses its own.
+    # "any" lets each request choose its selector.
     "selector": (*SELECTORS, "any"),
+}
+MINIMUMS = {
+    "sink": 0,
+    "recent": 0,
+    "num_dense_layers": 0,
+    "min_seq_len": 0,
+    "seed": 0,
+    "num_fcs": 1,
+    "budget": 1,
+    "max_budget": 1,
+    "prune_budget": 1,
+    "prune_interval": 1,
+    "prune_recent": 0,
+    "prune_grace": 0,
 }
 
 
 @dataclass(frozen=True)
 class FasaConfig:
-    """What a server needs to know about FASA. Loaded once; passed, never looked up again.
+    """The FASA settings of a server. Loaded once per process and passed on from there.
 
     Args:
-        calibration: The ``.safetensors`` file that ``fasa calibrate`` wrote; ``auto`` takes the one
-            that ``fasa serve`` keeps for the model.
-        default: Which requests without a ``fasa`` parameter use FASA: none (``off``), all
-            (``on``), or those whose prompt has ``min_seq_len`` tokens or more (``auto``).
-        budget: Tokens attended per (request, KV head) and step, unless the request says.
-        max_budget: Largest budget a request may ask for, in tokens.
-        sink: First tokens that are always attended; inside the budget.
-        recent: Last tokens that are always attended, the current one first, which is attended even
-            if this is 0; inside the budget.
+        calibration: Path of the file that ``fasa calibrate`` wrote, or ``auto`` for the one that
+            ``fasa serve`` keeps in its cache for the model.
+        default: What to do with requests that do not set ``fasa``: decode densely (``off``), use
+            FASA (``on``), or use FASA if the prompt has at least ``min_seq_len`` tokens (``auto``).
+        budget: Default number of tokens attended per (request, KV head) and step.
+        max_budget: Largest budget that a request may set, in tokens.
+        sink: Number of first tokens that are always attended; part of the budget.
+        recent: Number of last tokens that are always attended; part of the budget. The current
+            token is attended even if this is 0.
         num_fcs: Frequency chunks read per KV head; None takes the calibration's number.
-        combine: How the scores of a group's query heads become one score per KV head: ``nrm``
-            sums exp(score - the head's score of the first and latest tokens), ``mean`` averages the
-            raw scores, which costs one dot product for the whole group.
-        num_dense_layers: Leading layers that keep full attention.
-        label_dtype: Element type of the label cache: ``fp8`` (e4m3, relative to the calibration's
-            mean and spread of each dim) or ``bf16``.
-        rope_layout: Which head dims RoPE rotates together: ``auto`` goes by the model's type,
-            ``neox`` and ``interleaved`` are for a type that is not known.
-        min_seq_len: Steps of requests shorter than this many tokens stay dense.
-        selector: What ranks the tokens; all but ``fasa`` are for comparison runs: the exact
-            softmax weights (``oracle``), StreamingLLM, chance, Quest, FASA's own scores by pages
-            of 16 tokens (``paged``), and FASA with chunks chosen for every query head instead of
-            every KV head (``per_head``). With ``any`` every request chooses.
-        seed: Seed of the ``random`` selector, unless the request says.
-        prune_budget: Generated tokens that a pruned request keeps, unless the request says.
-        prune_interval: Generated tokens too many before a request is pruned again.
-        prune_recent: Last tokens that are never pruned.
-        prune_grace: A token is not pruned before it has been judged by so many steps.
-        prune_admission: Admit requests that prune with room for what pruning leaves of them, and
-            let their replies be longer than the pool. One that loses its slots after all is aborted
-            if it could not be prefilled again.
-        prune_rule: Which tokens go: the least selected (``fasa``), or a null baseline.
-        think_end_ids: Tokens that end a model's thinking, where no reasoning parser tells.
+        combine: How the scores of a group's query heads become one score per KV head. ``nrm`` sums
+            exp(score - anchor), where a head's anchor is its best score among the first and latest
+            tokens. ``mean`` averages the raw scores, which takes one dot product per group.
+        num_dense_layers: Number of leading layers that always attend to all tokens.
+        label_dtype: Element type of the label cache, a key of ``LABEL_FORMATS``.
+        rope_layout: Which head dims RoPE rotates together. ``auto`` looks the model's type up;
+            ``neox`` and ``interleaved`` are for model types that are not in the table.
+        min_seq_len: A request decodes densely while it is shorter than this many tokens.
+        selector: The rule that ranks tokens, a key of ``SELECTORS``; all but ``fasa`` are for
+            comparison. With ``any`` each request chooses its own.
+        seed: Default seed of the ``random`` selector.
+        prune_budget: Default number of generated tokens that a pruned request keeps.
+        prune_interval: How far a request may exceed ``prune_budget`` before it is pruned again, in
+            tokens.
+        prune_recent: Number of last tokens that are never pruned.
+        prune_grace: Minimum number of sparse steps that must have scored a token before it may be
+            pruned.
+        prune_admission: Admit a request that prunes by the memory it needs after pruning, and allow
+            its reply to be longer than the pool. If such a request is retracted and no longer
+            fits, it is aborted (HTTP 503).
+        prune_rule: Which tokens are pruned: the least selected (``fasa``), or those of a null
+            baseline.
+        think_end_ids: Token ids that end the model's thinking, for servers without a reasoning
+            parser.
 
     Raises:
         ConfigError: A value has the wrong type or is out of its range.
@@ -93,38 +111,31 @@ class FasaConfig:
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ConfigError(
-                    f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
-                )
-        if self.calibration is not None and not isinstance(self.calibration, str):
-            raise ConfigError(f"calibration must be a path, got {self.calibration!r}")
-        minimums = {
-            "sink": 0,
-            "recent": 0,
-            "num_dense_layers": 0,
-            "min_seq_len": 0,
-            "seed": 0,
-            "num_fcs": 1,
-            "budget": 1,
-            "max_budget": 1,
-            "prune_budget": 1,
-            "prune_interval": 1,
-            "prune_recent": 0,
-            "prune_grace": 0,
-        }
-        for name, minimum in minimums.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {value!r:.80}")
+        path = self.calibration
+        if path is not None and (not isinstance(path, str) or not path):
+            raise ConfigError(
+                f"calibration must be 'auto' or the path of a file, got {path!r:.80}; run fasa "
+                "calibrate to write one"
+            )
+        for name, minimum in MINIMUMS.items():
             value = getattr(self, name)
             if name == "num_fcs" and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-                raise ConfigError(f"{name} must be an integer of at least {minimum}, got {value!r}")
+                raise ConfigError(
+                    f"{name} must be an integer of at least {minimum}, got {value!r:.80}"
+                )
         if not isinstance(self.prune_admission, bool):
-            raise ConfigError(f"prune_admission must be a boolean, got {self.prune_admission!r}")
+            raise ConfigError(
+                f"prune_admission must be a boolean, got {self.prune_admission!r:.80}"
+            )
         ids = self.think_end_ids
         if not isinstance(ids, (list, tuple)) or not all(type(token) is int for token in ids):
-            raise ConfigError(f"think_end_ids must be a list of token ids, got {ids!r}")
-        # JSON has no tuples.
+            raise ConfigError(f"think_end_ids must be a list of token ids, got {ids!r:.80}")
+        # JSON has lists only.
         object.__setattr__(self, "think_end_ids", tuple(ids))
         if not self.sink + self.recent < self.budget <= self.max_budget:
             raise ConfigError(
@@ -134,24 +145,29 @@ class FasaConfig:
 
     @property
     def interleaved(self) -> bool | None:
-        """The layout as ``rope_layout_from_config`` takes it."""
+        """``rope_layout`` in the form that ``rope_layout_from_config`` takes."""
         return None if self.rope_layout == "auto" else self.rope_layout == "interleaved"
 
     @classmethod
     def load(cls, explicit: Mapping[str, Any] | None = None) -> FasaConfig:
-        """Merge the settings: defaults, then ``FASA_CONFIG``, then ``explicit``.
+        """Merge the settings; ``explicit`` overrides ``FASA_CONFIG``, which overrides the defaults.
 
         Args:
             explicit: The ``fasa`` object of ``--json-model-override-args``.
 
         Raises:
-            ConfigError: The variable names no readable JSON object, or a key is unknown.
+            ConfigError: The variable does not hold a readable JSON object, a key is unknown, or a
+                value is out of its range.
         """
-        merged = {**_from_environment(), **_checked_keys(explicit, "--json-model-override-args")}
-        return cls(**merged)
+        return cls(**{**environment_settings(), **check_keys(explicit, OVERRIDES_FLAG)})
 
 
-def _from_environment() -> dict[str, Any]:
+def environment_settings() -> dict[str, Any]:
+    """The settings in ``FASA_CONFIG``, which holds a JSON object or the path of a JSON file.
+
+    Raises:
+        ConfigError: The file cannot be read, the JSON is invalid, or a key is unknown.
+    """
     text = os.environ.get(ENV, "").strip()
     if not text:
         return {}
@@ -159,25 +175,55 @@ def _from_environment() -> dict[str, Any]:
         try:
             text = Path(text).read_text()
         except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not UTF-8"
             raise ConfigError(
-                f"{ENV} must be a JSON object or the path of a readable JSON file, got {text!r} "
-                f"({error})"
+                f"{ENV} must be a JSON object or the path of a readable JSON file, got "
+                f"{text!r:.80} ({reason})"
             ) from error
+    return check_keys(json_object(text, ENV), ENV)
+
+
+def json_object(text: str, source: str) -> dict[str, Any]:
+    """Parse a JSON object.
+
+    Args:
+        text: The JSON.
+        source: The flag or variable that holds it, for the message.
+
+    Raises:
+        ConfigError: The text is not valid JSON, or not an object.
+    """
     try:
-        return _checked_keys(json.loads(text), ENV)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{ENV} does not hold valid JSON ({error})") from error
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{source} does not hold valid JSON ({error}), got {text!r:.80}"
+        ) from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{source} must be a JSON object, got {text!r:.80}")
+    return value
 
 
-def _checked_keys(values: Any, source: str) -> dict[str, Any]:
+def check_keys(values: Any, source: str) -> dict[str, Any]:
+    """Refuse settings that do not exist.
+
+    Args:
+        values: The settings, or None for no settings.
+        source: The flag or variable that holds them, for the message.
+
+    Raises:
+        ConfigError: ``values`` is not a mapping, or has an unknown key.
+    """
     if values is None:
         return {}
     if not isinstance(values, Mapping):
-        raise ConfigError(f"the fasa settings of {source} must be a JSON object, got {values!r}")
+        raise ConfigError(
+            f"the fasa settings in {source} must be a JSON object, got {values!r:.80}"
+        )
     known = [f.name for f in fields(FasaConfig)]
     for key in values:
         if key not in known:
             raise ConfigError(
-                f"unknown setting {key!r} in {source}, expected one of {', '.join(known)}"
+                f"unknown setting {key!r:.80} in {source}, expected one of {', '.join(known)}"
             )
     return dict(values)

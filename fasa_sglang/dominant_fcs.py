@@ -1,119 +1,44 @@
-"""The calibration file: which frequency chunks of every KV head rank tokens like the whole head.
+"""A calibration: which frequency chunks of every KV head rank tokens like the whole head.
 
-This file is the only thing the offline calibration and the server share.
+Its file is the only thing that the offline calibration and the server share.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 
-from fasa_sglang.errors import CalibrationError, CalibrationMismatchError, UnsupportedModelError
-from fasa_sglang.rope import RopeLayout, rope_layout_from_config
+from fasa_sglang.calibration_file import REMEDY, read_calibration, write_calibration
+from fasa_sglang.errors import CalibrationError, CalibrationMismatchError
+from fasa_sglang.model_shape import ModelShape
 
-# Raised too where a change of the defaults asks for calibrations anew that were kept by "auto".
-FORMAT = 3
-# What a head ranks tokens by does not shrink with it: half of a small head's chunks say too little.
-LEAST_FCS = 24
-# One metadata key: safetensors does not keep the order of several, and equal calibrations
-# must be equal byte by byte.
-METADATA_KEY = "fasa"
+MAX_KEY = 65504.0
+"""Largest magnitude of a key's mean and spread, that of float16."""
 
-
-@dataclass(frozen=True)
-class ModelShape:
-    """What a calibration belongs to: the model's attention, without its weights."""
-
-    architecture: str
-    num_layers: int
-    num_qo_heads: int
-    num_kv_heads: int
-    rope: RopeLayout
-
-    @classmethod
-    def from_config(cls, config: Any, interleaved: bool | None = None) -> ModelShape:
-        """Read the shape off a Hugging Face config; ``interleaved`` as in ``rope.py``.
-
-        Raises:
-            UnsupportedModelError: MLA, sliding windows, or a RoPE that ``rope.py`` refuses.
-        """
-        get_text_config = getattr(config, "get_text_config", None)
-        text = config if get_text_config is None else get_text_config()
-        architecture = (getattr(config, "architectures", None) or [text.model_type])[0]
-        if getattr(text, "kv_lora_rank", None):
-            raise UnsupportedModelError(
-                f"{architecture} uses multi-head latent attention, FASA needs one key per KV head; "
-                "serve it with another attention backend"
-            )
-        layer_types = set(getattr(text, "layer_types", None) or ["full_attention"])
-        if layer_types != {"full_attention"}:
-            raise UnsupportedModelError(
-                f"{architecture} mixes {', '.join(sorted(layer_types))}, FASA needs full attention "
-                "in all layers; serve it with another attention backend"
-            )
-        num_qo_heads = text.num_attention_heads
-        return cls(
-            architecture=architecture,
-            num_layers=text.num_hidden_layers,
-            num_qo_heads=num_qo_heads,
-            num_kv_heads=getattr(text, "num_key_value_heads", None) or num_qo_heads,
-            rope=rope_layout_from_config(text, interleaved),
-        )
-
-    @property
-    def default_num_fcs(self) -> int:
-        """Chunks to read per KV head: half of them, but ``LEAST_FCS`` at least if there are."""
-        return min(self.rope.num_chunks, max(LEAST_FCS, self.rope.num_chunks // 2))
-
-    def check_num_fcs(self, num_fcs: int) -> None:
-        """Refuse a number of chunks that a head does not have.
-
-        Raises:
-            CalibrationError: ``num_fcs`` is not within 1 and the number of chunks.
-        """
-        if not 1 <= num_fcs <= self.rope.num_chunks:
-            raise CalibrationError(
-                f"num_fcs must be from 1 to the model's {self.rope.num_chunks} frequency chunks, "
-                f"got {num_fcs}"
-            )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; ``from_dict`` reads it back."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ModelShape:
-        """Inverse of ``to_dict``."""
-        return cls(**{**values, "rope": RopeLayout(**values["rope"])})
-
-    def flat(self) -> dict[str, Any]:
-        """Every field under its own name, RoPE's included, for comparing one by one."""
-        values = self.to_dict()
-        rope = values.pop("rope")
-        return {**values, **rope}
+MIN_K_SCALE = 1e-6
+"""Smallest spread of a dim of K; ``fasa calibrate`` writes 1 for a dim that does not vary."""
 
 
 @dataclass(frozen=True)
 class DominantFCs:
-    """All frequency chunks of every KV head, best first.
+    """The frequency chunks of every KV head, best first, and statistics of the keys.
 
     Args:
-        model: The model the ranking belongs to.
-        num_fcs: Chunks a server reads unless its configuration says otherwise.
-        ranking: Chunk numbers in falling order of the mean ``score`` of a group's query heads,
+        model: The model that was calibrated.
+        num_fcs: Default number of chunks that a server reads per KV head.
+        ranking: Chunks in descending order of the mean ``score`` of a group's query heads,
             ``[num_layers, num_kv_heads, num_chunks]``, int16. A server reads the first ``num_fcs``.
         score: The ranker's value of each chunk for each query head, by chunk number,
             ``[num_layers, num_qo_heads, num_chunks]``, float32.
         k_mean: Mean of every dim of K over the calibration text,
-            ``[num_layers, num_kv_heads, head_dim]``, float32; for labels narrower than 8 bits.
-        k_scale: Largest absolute deviation from ``k_mean``, same shape, float32.
-        provenance: How it was made: ranker, text hash, tokens, K, seed, version. JSON types.
+            ``[num_layers, num_kv_heads, head_dim]``, float32; labels are stored relative to it.
+        k_scale: Largest absolute deviation from ``k_mean``, 1 for a dim that does not vary; same
+            shape, float32. Narrow label formats divide by it.
+        provenance: How the calibration was made: ranker, text and its hash, tokens, K, seed,
+            version. JSON types.
     """
 
     model: ModelShape
@@ -125,19 +50,19 @@ class DominantFCs:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def dims(self, num_fcs: int) -> torch.Tensor:
-        """The head dims of the best ``num_fcs`` chunks, chunk by chunk.
+        """Head dims of the best ``num_fcs`` chunks, the two dims of a chunk side by side.
 
         Returns:
             ``[num_layers, num_kv_heads, 2 * num_fcs]``, int64.
 
         Raises:
-            CalibrationError: ``num_fcs`` is not within 1 and the number of chunks.
+            CalibrationError: ``num_fcs`` is less than 1 or more than the number of chunks.
         """
         self.model.check_num_fcs(num_fcs)
         return self.model.rope.chunk_dims()[self.ranking[..., :num_fcs].long()].flatten(-2)
 
     def head_dims(self, num_fcs: int) -> torch.Tensor:
-        """1 at the head dims of the best ``num_fcs`` chunks of every query head, 0 elsewhere.
+        """Mask of the head dims of each query head's own best ``num_fcs`` chunks, 1 or 0.
 
         Returns:
             ``[num_layers, num_qo_heads, head_dim]``, float32.
@@ -148,16 +73,20 @@ class DominantFCs:
         return chosen.scatter_(-1, dims, 1.0)
 
     def check_model(self, shape: ModelShape, path: str | Path) -> None:
-        """Refuse to serve ``shape`` with the calibration of another model.
+        """Refuse the calibration of another model.
+
+        Args:
+            shape: The served model.
+            path: The calibration file, for the message.
 
         Raises:
-            CalibrationMismatchError: Names every field that differs, with both values.
+            CalibrationMismatchError: The shapes differ; names each field with both values.
         """
-        mine, theirs = self.model.flat(), shape.flat()
+        calibrated, served = self.model.flat(), shape.flat()
         differing = [
-            f"{name} {mine[name]!r} but the model has {theirs[name]!r}"
-            for name in mine
-            if mine[name] != theirs[name]
+            f"{name} {value!r} but the model has {served[name]!r}"
+            for name, value in calibrated.items()
+            if value != served[name]
         ]
         if differing:
             raise CalibrationMismatchError(
@@ -166,112 +95,112 @@ class DominantFCs:
             )
 
     def for_rank(self, tp_rank: int, tp_size: int) -> DominantFCs:
-        """The KV heads of one tensor-parallel rank, as SGLang deals them out.
+        """The part of the calibration that one tensor-parallel rank needs.
 
-        With more ranks than KV heads each head is held by ``tp_size / num_kv_heads`` ranks.
+        Heads are divided as in SGLang: with more ranks than KV heads, each head is on
+        ``tp_size / num_kv_heads`` ranks.
 
         Raises:
-            CalibrationError: The heads cannot be dealt out evenly.
+            CalibrationError: The heads cannot be divided evenly.
         """
         total = self.model.num_kv_heads
         if max(total, tp_size) % min(total, tp_size):
             raise CalibrationError(
-                f"{total} KV heads cannot be dealt out to {tp_size} tensor-parallel ranks; "
+                f"{total} KV heads cannot be divided among {tp_size} tensor-parallel ranks; "
                 f"choose a --tp-size that divides {total} or that {total} divides"
             )
         per_rank = max(1, total // tp_size)
         start = tp_rank * total // tp_size
-        held = slice(start, start + per_rank)
+        heads = slice(start, start + per_rank)
         num_queries = self.model.num_qo_heads // tp_size
         return replace(
             self,
-            ranking=self.ranking[:, held],
-            k_mean=self.k_mean[:, held],
-            k_scale=self.k_scale[:, held],
+            ranking=self.ranking[:, heads],
+            k_mean=self.k_mean[:, heads],
+            k_scale=self.k_scale[:, heads],
             score=self.score[:, tp_rank * num_queries : (tp_rank + 1) * num_queries],
         )
 
     def save(self, path: str | Path) -> None:
-        """Write a ``.safetensors`` file; equal contents give equal bytes."""
-        tensors = {
-            name: getattr(self, name).contiguous()
-            for name in ("k_mean", "k_scale", "ranking", "score")
-        }
+        """Write a calibration file; equal contents give equal bytes.
+
+        Raises:
+            CalibrationError: ``load`` would refuse the contents.
+            FasaError: The file cannot be written.
+        """
+        problem = self._problem()
+        if problem is not None:
+            raise CalibrationError(
+                f"the calibration of {self.model.architecture} {problem}, and no server would take "
+                "it; check the model's weights, or calibrate with --dtype float32"
+            )
+        tensors = {name: getattr(self, name).contiguous() for name in self._tensors()}
         about = {
-            "format": FORMAT,
             "model": self.model.to_dict(),
             "num_fcs": self.num_fcs,
             "provenance": self.provenance,
         }
-        data = save(tensors, metadata={METADATA_KEY: json.dumps(about, sort_keys=True)})
-        Path(path).write_bytes(data)
+        write_calibration(Path(path), tensors, about)
 
     @classmethod
     def load(cls, path: str | Path) -> DominantFCs:
         """Read a file that ``save`` wrote.
 
         Raises:
-            CalibrationError: There is no such file, or it is truncated, corrupt, of another
-                format, or its tensors contradict its metadata.
+            CalibrationError: The file cannot be read, has another format, or its contents are
+                invalid.
         """
-        again = "run: fasa calibrate --model <model> --out <file>"
+        tensors, about = read_calibration(Path(path))
         try:
-            data = Path(path).read_bytes()
-        except OSError as error:
-            raise CalibrationError(
-                f"cannot read the calibration file {path} ({error.strerror}); {again}"
-            ) from error
-        try:
-            tensors = load(data)
-            header_size = int.from_bytes(data[:8], "little")
-            metadata = json.loads(data[8 : 8 + header_size]).get("__metadata__", {})
-        except (SafetensorError, ValueError) as error:
-            raise CalibrationError(
-                f"{path} is truncated or not a safetensors file ({error}); {again}"
-            ) from error
-        if METADATA_KEY not in metadata:
-            raise CalibrationError(
-                f"{path} is a safetensors file without FASA's metadata, expected one written by "
-                f"fasa calibrate; {again}"
-            )
-        try:
-            about = json.loads(metadata[METADATA_KEY])
-            if about["format"] != FORMAT:
-                raise CalibrationError(
-                    f"{path} has calibration format {about['format']}, this version reads format "
-                    f"{FORMAT}; {again}"
-                )
             model = ModelShape.from_dict(about["model"])
             loaded = cls(model, about["num_fcs"], provenance=about["provenance"], **tensors)
         except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, CalibrationError):
-                raise
-            raise CalibrationError(f"{path} has broken metadata ({error!r}); {again}") from error
-        loaded._check_tensors(path, again)
+            raise CalibrationError(
+                f"{path} has broken metadata ({error!r:.300}); {REMEDY}"
+            ) from error
+        problem = loaded._problem()
+        if problem is not None:
+            raise CalibrationError(f"{path} {problem}; {REMEDY}")
         return loaded
 
-    def _check_tensors(self, path: str | Path, again: str) -> None:
+    def _tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype that the model's shape asks of each tensor."""
         heads = (self.model.num_layers, self.model.num_kv_heads)
         chunks, head_dim = self.model.rope.num_chunks, self.model.rope.head_dim
-        expected = {
-            "ranking": ((*heads, chunks), torch.int16),
-            "score": ((heads[0], self.model.num_qo_heads, chunks), torch.float32),
+        return {
             "k_mean": ((*heads, head_dim), torch.float32),
             "k_scale": ((*heads, head_dim), torch.float32),
+            "ranking": ((*heads, chunks), torch.int16),
+            "score": ((heads[0], self.model.num_qo_heads, chunks), torch.float32),
         }
-        for name, (shape, dtype) in expected.items():
+
+    def _problem(self) -> str | None:
+        """What is wrong with the contents, as the end of a sentence; None if they are valid."""
+        chunks = self.model.rope.num_chunks
+        if type(self.num_fcs) is not int or not 1 <= self.num_fcs <= chunks:
+            return (
+                f"has num_fcs {self.num_fcs!r:.80}, expected an integer from 1 to the model's "
+                f"{chunks} frequency chunks"
+            )
+        if not isinstance(self.provenance, dict):
+            return f"has provenance {self.provenance!r:.80}, expected an object"
+        for name, (shape, dtype) in self._tensors().items():
             tensor = getattr(self, name)
             if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-                raise CalibrationError(
-                    f"{path} holds {name} of shape {tuple(tensor.shape)} and {tensor.dtype}, "
-                    f"expected {shape} and {dtype}; {again}"
+                return (
+                    f"holds {name} of shape {tuple(tensor.shape)} and {tensor.dtype}, expected "
+                    f"{shape} and {dtype}"
                 )
             if not torch.isfinite(tensor).all():
-                raise CalibrationError(
-                    f"{path} holds {name} with values that are not finite; {again}"
-                )
-        permutation = torch.arange(chunks, dtype=torch.int16).expand(*heads, -1)
+                return f"holds {name} with values that are not finite"
+        permutation = torch.arange(chunks, dtype=torch.int16).expand_as(self.ranking)
         if not torch.equal(self.ranking.sort(dim=-1).values, permutation):
-            raise CalibrationError(
-                f"{path} holds a ranking that does not name every chunk once; {again}"
+            return "holds a ranking that does not list every chunk once"
+        if (self.k_mean.abs() > MAX_KEY).any():
+            return f"holds k_mean with values beyond {MAX_KEY}, expected the means of keys"
+        if (self.k_scale < MIN_K_SCALE).any() or (self.k_scale > MAX_KEY).any():
+            return (
+                f"holds k_scale with values outside {MIN_K_SCALE} to {MAX_KEY}, expected the "
+                "positive spreads of keys"
             )
+        return None

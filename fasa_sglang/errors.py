@@ -1,29 +1,29 @@
-"""Errors a user can cause. Each message says what, expected, got, and the way out."""
+"""Errors that a user can cause. A message says what, expected, got, and the way out."""
 
 
 class FasaError(Exception):
-    """Base of every error raised for a user's benefit."""
+    """Base class; its message is meant for the user."""
 
 
 class ConfigError(FasaError, ValueError):
-    """A server configuration that cannot be used."""
+    """A setting of the server is invalid."""
 
 
 class RequestError(FasaError, ValueError):
-    """A request whose FASA parameters cannot be served; SGLang answers it with HTTP 400."""
+    """A request's FASA parameters are invalid; SGLang answers it with HTTP 400."""
 
 
 class CalibrationError(FasaError, ValueError):
-    """A calibration file, or the input of a calibration, that cannot be used."""
+    """A calibration file, or the input of a calibration, is invalid."""
 
 
 class CalibrationMismatchError(CalibrationError):
-    """A calibration file that belongs to another model."""
+    """A calibration file belongs to another model."""
 
 
 class UnsupportedModelError(FasaError, ValueError):
-    """A model whose attention FASA does not cover."""
+    """FASA does not support the model's attention."""
 
 
 class UnsupportedHostError(FasaError, RuntimeError):
-    """An SGLang version, device or server flag that FASA does not work with."""
+    """FASA does not work with the SGLang version, the device or a server flag."""

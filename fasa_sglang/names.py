@@ -14,3 +14,6 @@ REQ_ATTRIBUTE = "fasa"
 
 POOL_ATTRIBUTE = "fasa_pruner"
 """Attribute of SGLang's ``ReqToTokenPool`` that holds the model runner's ``Pruner``."""
+
+RUNNER_ATTRIBUTE = "fasa_backend"
+"""Attribute of SGLang's ``ModelRunner`` that holds the attention backend that FASA built for it."""

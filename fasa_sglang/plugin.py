@@ -1,7 +1,7 @@
-"""Entry point of SGLang's plugin group: register the backend's name and our hooks, nothing more.
+"""Entry point of SGLang's plugin group: register the attention backend and the hooks.
 
-SGLang logs and swallows what a plugin raises, so whatever can be refused is refused in
-``backend.create_fasa_backend``, where the message reaches the user.
+SGLang logs and swallows what a plugin raises. Refusals therefore happen in
+``backend.create_fasa_backend``, whose message reaches the user.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from fasa_sglang.names import BACKEND_NAME
 
 
 def register() -> None:
-    """Called by SGLang in each of its processes before the configuration is read."""
+    """Register the backend and the hooks; SGLang calls this in each of its processes."""
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
     from sglang.srt.plugins.hook_registry import HookRegistry
     from sglang.srt.server_args import ATTENTION_BACKEND_CHOICES, add_attention_backend_choices

@@ -1,6 +1,6 @@
-"""Which two head dims RoPE rotates together: the frequency chunks of a model.
+"""The frequency chunks of a model: the pairs of head dims that RoPE rotates together.
 
-Reads the Hugging Face config only; nothing here touches a model's weights.
+They follow from the Hugging Face config alone, without the model's weights.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import torch
 
 from fasa_sglang.errors import UnsupportedModelError
 
-# Model types whose rotary layout is known, as Hugging Face's and SGLang's code has it.
-# True: interleaved, dims (2i, 2i+1) form a chunk; False: NeoX, dims (i, i + rotary_dim/2).
-# tests/test_rope.py proves every entry against transformers' own rotation.
+# Rotary layout of each known model type. True: interleaved, dims (2i, 2i+1) form a chunk. False:
+# NeoX, dims (i, i + rotary_dim/2) do. tests/test_rope.py proves every entry against transformers'
+# own rotation.
 ROPE_INTERLEAVED: dict[str, bool] = {
     "cohere": True,
     "glm": True,
@@ -38,18 +38,19 @@ ROPE_INTERLEAVED: dict[str, bool] = {
 
 @dataclass(frozen=True)
 class RopeLayout:
-    """The rotary embedding of a model, as far as frequency chunks depend on it.
+    """The properties of a model's rotary embedding that its frequency chunks depend on.
 
     Args:
-        head_dim: Dims of one head.
-        rotary_dim: Leading dims that RoPE rotates; even, at most ``head_dim``.
+        head_dim: Dims per head.
+        rotary_dim: Number of leading dims that RoPE rotates; even, at most ``head_dim``.
         interleaved: True if dims ``(2i, 2i+1)`` rotate together, False for NeoX's
             ``(i, i + rotary_dim/2)``.
         theta: RoPE's base.
-        scaling: The remaining ``rope_parameters`` of the config, e.g. llama3's factors.
+        scaling: The other ``rope_parameters`` of the config, such as llama3's factors.
 
     Raises:
-        UnsupportedModelError: The dims are odd or ``rotary_dim`` is outside ``head_dim``.
+        UnsupportedModelError: ``head_dim`` or ``rotary_dim`` is odd, or ``rotary_dim`` is not
+            within 1 and ``head_dim``.
     """
 
     head_dim: int
@@ -68,13 +69,13 @@ class RopeLayout:
 
     @property
     def num_chunks(self) -> int:
-        """Frequency chunks of a head; chunks of unrotated dims count, with frequency 0."""
+        """Frequency chunks per head, including the pairs of unrotated dims, of frequency 0."""
         return self.head_dim // 2
 
     def chunk_dims(self) -> torch.Tensor:
         """The two head dims of every chunk, ``[num_chunks, 2]``, int64.
 
-        The rotated chunks come first, in RoPE's order; unrotated dims pair up behind them.
+        The rotated chunks come first, in RoPE's order, then pairs of adjacent unrotated dims.
         """
         half = self.rotary_dim // 2
         if self.interleaved:
@@ -90,7 +91,8 @@ def rope_layout_from_config(config: Any, interleaved: bool | None = None) -> Rop
 
     Args:
         config: A ``PretrainedConfig`` (transformers 4 or 5).
-        interleaved: Overrides the table of known model types, for a model that is not in it.
+        interleaved: The layout, for a model type that is not in ``ROPE_INTERLEAVED``; None looks
+            it up there.
 
     Raises:
         UnsupportedModelError: The model has no RoPE, several RoPEs, or an unknown layout.
@@ -103,21 +105,22 @@ def rope_layout_from_config(config: Any, interleaved: bool | None = None) -> Rop
         theta = getattr(config, "rotary_emb_base", None)
     if any(isinstance(value, dict) for value in parameters.values()):
         raise UnsupportedModelError(
-            f"model type {model_type!r} uses a different RoPE per kind of layer, expected one for "
-            "all layers; serve it with another attention backend"
+            f"model type {model_type!r} uses several RoPEs for different kinds of layers, FASA "
+            "needs one for all layers; serve it with another attention backend"
         )
     if theta is None:
         raise UnsupportedModelError(
-            f"model type {model_type!r} has no rotary position embedding (no rope_theta in its "
-            "config), and FASA selects by RoPE's frequencies; use another attention backend"
+            f"model type {model_type!r} has no rotary position embedding (its config has no "
+            "rope_theta), and FASA selects by RoPE's frequencies; serve it with another attention "
+            "backend"
         )
     if interleaved is None:
         if model_type not in ROPE_INTERLEAVED:
             raise UnsupportedModelError(
-                f"the rotary layout of model type {model_type!r} is not known, expected one of "
-                f"{', '.join(sorted(ROPE_INTERLEAVED))}; if you know it, pass "
-                "--rope-layout neox or --rope-layout interleaved to fasa calibrate, and the same "
-                "rope_layout to the server"
+                f"the rotary layout of model type {model_type!r} is unknown, expected one of "
+                f"{', '.join(sorted(ROPE_INTERLEAVED))}; if you know the layout, start fasa serve "
+                'with --settings \'{"rope_layout": "neox"}\' or "interleaved", and give fasa '
+                "calibrate the same with --rope-layout"
             )
         interleaved = ROPE_INTERLEAVED[model_type]
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -128,7 +131,10 @@ def rope_layout_from_config(config: Any, interleaved: bool | None = None) -> Rop
     # "type" is the older name; SGLang writes both into the configs it loads.
     old_name = parameters.pop("type", None)
     rope_type = parameters.pop("rope_type", old_name)
+    if rope_type in (None, "default"):
+        # Without effect on an unscaled RoPE, and SGLang adds it while it builds a model.
+        parameters.pop("original_max_position_embeddings", None)
+    else:
+        parameters["rope_type"] = rope_type
     scaling = {key: value for key, value in sorted(parameters.items()) if value is not None}
-    if rope_type not in (None, "default"):
-        scaling["rope_type"] = rope_type
     return RopeLayout(head_dim, rotary_dim, interleaved, float(theta), scaling)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
 
-from serving import free_port, server_command, server_environment
+from serving import running_server, server_command
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -44,7 +41,9 @@ def smollm2_path() -> Path:
 def smollm2_dominant(smollm2_path: Path) -> Any:
     """SmolLM2 calibrated as ``fasa calibrate`` does it by default."""
     from fasa_sglang.calibration import corpus
-    from fasa_sglang.calibration.calibrate import CalibrationSettings, calibrate, load_model
+    from fasa_sglang.calibration.calibrate import calibrate
+    from fasa_sglang.calibration.model import load_model
+    from fasa_sglang.calibration.settings import CalibrationSettings
 
     model, tokenizer = load_model(str(smollm2_path), "cpu")
     return calibrate(
@@ -124,7 +123,9 @@ def random_calibration(random_model: Path, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="session")
 def tiny_calibration(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     from fasa_sglang.calibration import corpus
-    from fasa_sglang.calibration.calibrate import CalibrationSettings, calibrate, load_model
+    from fasa_sglang.calibration.calibrate import calibrate
+    from fasa_sglang.calibration.model import load_model
+    from fasa_sglang.calibration.settings import CalibrationSettings
 
     model, tokenizer = load_model(str(tiny_path), "cpu")
     settings = CalibrationSettings(num_fcs=8, tokens=512, top_k=32, num_queries=8)
@@ -138,40 +139,17 @@ def tiny_calibration(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) 
 def server(
     tiny_path: Path, tiny_calibration: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[str]:
-    """A real server over HTTP, one for every file that asks for it.
+    """A real server over HTTP, one for every file that uses it.
 
-    Not one for all files: shutting an engine down kills all children of the process.
+    It cannot be shared by all files: shutting an engine down kills all children of the process.
     """
-    port = free_port()
     settings = {
         "calibration": tiny_calibration,
         "min_seq_len": 0,
         "max_budget": 1024,
         "budget": 128,
     }
+    flags = ("--served-model-name", "tiny", "--enable-metrics")
     log = tmp_path_factory.mktemp("server") / "log"
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            server_command(tiny_path, settings, "--port", str(port), "--enable-metrics"),
-            env=server_environment(),
-            # Not the checkout, whose folders would hide the installed package.
-            cwd=log.parent,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-        )
-        url = f"http://127.0.0.1:{port}"
-        try:
-            for _ in range(240):
-                assert process.poll() is None, log.read_text()[-3000:]
-                try:
-                    if httpx.get(f"{url}/health", timeout=5).status_code == 200:
-                        break
-                except httpx.HTTPError:
-                    pass
-                time.sleep(1)
-            else:
-                pytest.fail(f"the server did not come up: {log.read_text()[-3000:]}")
-            yield url
-        finally:
-            process.terminate()
-            process.wait(60)
+    with running_server(server_command(tiny_path, settings, *flags), log) as url:
+        yield url

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import torch
 
 from fasa_sglang.names import PLATFORM_NAME
@@ -85,10 +89,41 @@ def server_command(model: Path, settings: dict[str, Any] | None, *flags: str) ->
     command += ["--cuda-graph-backend-decode", "disabled"]
     command += ["--cuda-graph-backend-prefill", "disabled", "--sampling-backend", "pytorch"]
     command += ["--grammar-backend", "none", "--max-total-tokens", "6000"]
-    command += ["--mem-fraction-static", "0.3", "--served-model-name", "tiny"]
+    command += ["--mem-fraction-static", "0.3"]
     if settings is not None:
         command += ["--json-model-override-args", json.dumps({"fasa": settings})]
     return [*command, *flags]
+
+
+@contextmanager
+def running_server(command: list[str], log: Path, **environment: str) -> Iterator[str]:
+    """The URL of a server that answers; ``command`` lacks its port."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [*command, "--port", str(port)],
+            env=server_environment(**environment),
+            # Not the checkout, whose folders would hide the installed package.
+            cwd=log.parent,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            for _ in range(240):
+                assert process.poll() is None, log.read_text()[-3000:]
+                try:
+                    if httpx.get(f"{url}/health", timeout=5).status_code == 200:
+                        break
+                except httpx.HTTPError:
+                    pass
+                time.sleep(1)
+            else:
+                raise AssertionError(f"the server did not come up: {log.read_text()[-3000:]}")
+            yield url
+        finally:
+            process.terminate()
+            process.wait(60)
 
 
 def server_environment(**changes: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Frequency chunks are RoPE's own pairs, in every layout that the table claims to know."""
+"""Frequency chunks are the pairs that RoPE rotates, for every model type in the table."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SMALL = {
     "max_position_embeddings": 128,
     "pad_token_id": 0,
 }
-# What a small model of this type needs beyond SMALL, where its defaults are for a large one.
+# Further config values of a small model, where the type's defaults are those of a large one.
 EXTRA: dict[str, dict[str, Any]] = {
     "gpt_neox": {"num_key_value_heads": 2, "rotary_pct": 0.25},
     "glm4_moe": {
@@ -54,7 +54,7 @@ LLAMA3_SCALING = {
 
 
 def captured(config: Any, length: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
-    """Post-RoPE q and k of a text of one repeated token: before RoPE all rows are the same."""
+    """Post-RoPE q and k of one repeated token, whose rows differ only by their rotation."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -64,12 +64,12 @@ def captured(config: Any, length: int = 40) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def contribution(q: torch.Tensor, k: torch.Tensor, dims: torch.Tensor, t: int, j: int) -> Any:
-    """What each chunk adds to q_t · k_j, ``[num_chunks]``."""
+    """Contribution of each chunk to q_t · k_j, ``[num_chunks]``."""
     return (q[0, t].double()[dims] * k[0, j].double()[dims]).sum(dim=-1)
 
 
 @pytest.mark.parametrize("model_type", sorted(ROPE_INTERLEAVED))
-def test_chunk_contribution_depends_on_relative_position_only(model_type: str) -> None:
+def test_chunk_dims_contribution_depends_on_relative_position_only(model_type: str) -> None:
     config = AutoConfig.for_model(model_type, **{**SMALL, **EXTRA.get(model_type, {})})
     layout = rope_layout_from_config(config)
     q, k = captured(config)
@@ -77,12 +77,12 @@ def test_chunk_contribution_depends_on_relative_position_only(model_type: str) -
     dims = layout.chunk_dims()
     near = contribution(q, k, dims, 9, 4)
     torch.testing.assert_close(contribution(q, k, dims, 37, 32), near, rtol=1e-4, atol=1e-5)
-    # And it does move with the distance, so that the line above says something.
+    # It does change with the distance, so the line above can fail.
     assert (contribution(q, k, dims, 37, 4) - near).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("model_type", ["llama", "glm4"])
-def test_chunks_of_the_other_layout_depend_on_absolute_position(model_type: str) -> None:
+def test_chunk_dims_of_the_other_layout_depend_on_absolute_position(model_type: str) -> None:
     config = AutoConfig.for_model(model_type, **{**SMALL, **EXTRA.get(model_type, {})})
     wrong = rope_layout_from_config(config, interleaved=not ROPE_INTERLEAVED[model_type])
     q, k = captured(config)
@@ -91,7 +91,7 @@ def test_chunks_of_the_other_layout_depend_on_absolute_position(model_type: str)
     assert shift.abs().max() > 1e-2
 
 
-def test_llama3_scaling_is_read_and_keeps_the_pairs() -> None:
+def test_rope_layout_with_llama3_scaling_keeps_the_pairs() -> None:
     config = AutoConfig.for_model("llama", **SMALL, rope_parameters=LLAMA3_SCALING)
     layout = rope_layout_from_config(config)
     assert layout.theta == 500000.0
@@ -107,13 +107,15 @@ def test_llama3_scaling_is_read_and_keeps_the_pairs() -> None:
 @pytest.mark.parametrize(
     ("model_type", "rotary_dim"), [("glm4", 16), ("phi", 16), ("gpt_neox", 8), ("qwen3", 32)]
 )
-def test_partial_rotary_dim_is_read(model_type: str, rotary_dim: int) -> None:
+def test_rope_layout_of_a_partial_rotary_model_has_its_rotary_dim(
+    model_type: str, rotary_dim: int
+) -> None:
     config = AutoConfig.for_model(model_type, **{**SMALL, **EXTRA.get(model_type, {})})
     assert rope_layout_from_config(config).rotary_dim == rotary_dim
 
 
 @given(half_rotary=st.integers(1, 32), half_rest=st.integers(0, 32), interleaved=st.booleans())
-def test_chunk_dims_cover_the_head_once(
+def test_chunk_dims_cover_every_head_dim_once(
     half_rotary: int, half_rest: int, interleaved: bool
 ) -> None:
     rotary_dim = 2 * half_rotary
@@ -124,11 +126,22 @@ def test_chunk_dims_cover_the_head_once(
     assert dims[:half_rotary].max() < rotary_dim
 
 
-def test_old_and_new_config_keys_give_the_same_layout() -> None:
+def test_rope_layout_with_old_config_keys_is_unchanged() -> None:
     """SGLang writes ``rope_scaling`` with an extra ``type`` into configs that it loads."""
     config = AutoConfig.for_model("llama", **SMALL)
     plain = rope_layout_from_config(config)
     config.rope_parameters = {"rope_theta": 10000.0, "rope_type": "default", "type": "default"}
+    assert rope_layout_from_config(config) == plain
+
+
+def test_rope_layout_after_sglang_built_the_model_is_unchanged() -> None:
+    """SGLang adds ``original_max_position_embeddings`` to ``rope_parameters`` of such a config."""
+    config = AutoConfig.for_model(
+        "phi3", **{**SMALL, **EXTRA["phi3"]}, original_max_position_embeddings=128
+    )
+    plain = rope_layout_from_config(config)
+    assert plain.scaling == {}
+    config.rope_parameters["original_max_position_embeddings"] = 128
     assert rope_layout_from_config(config) == plain
 
 
@@ -137,7 +150,9 @@ def test_old_and_new_config_keys_give_the_same_layout() -> None:
     [
         pytest.param(AutoConfig.for_model("gpt2"), "no rotary position embedding", id="no-rope"),
         pytest.param(
-            AutoConfig.for_model("gptj", rope_theta=1e4), "rotary layout .* not known", id="unknown"
+            AutoConfig.for_model("gptj", rope_theta=1e4),
+            'fasa serve with --settings \'."rope_layout"',
+            id="unknown",
         ),
         pytest.param(
             SimpleNamespace(model_type="llama", rope_theta=1e4, head_dim=33),
@@ -146,6 +161,6 @@ def test_old_and_new_config_keys_give_the_same_layout() -> None:
         ),
     ],
 )
-def test_models_without_usable_rope_are_refused(config: Any, message: str) -> None:
+def test_rope_layout_of_an_unsupported_model_is_refused(config: Any, message: str) -> None:
     with pytest.raises(UnsupportedModelError, match=message):
         rope_layout_from_config(config)

@@ -6,13 +6,13 @@ from typing import Any
 
 
 def create_fasa_backend(runner: Any) -> Any:
-    """Build the attention backend of one model runner, or refuse with one sentence.
+    """Build the attention backend of one model runner, or refuse the server in one sentence.
 
     Args:
         runner: SGLang's ``ModelRunner``, its KV pool allocated.
 
     Raises:
-        FasaError: The server, model, configuration or calibration cannot work.
+        FasaError: FASA does not support the server, its settings, the model or the calibration.
     """
     from fasa_sglang.backend.refusals import require_supported_host
     from fasa_sglang.backend.served import fasa_config, serves_on_flashinfer

@@ -1,7 +1,7 @@
 """The exact-prefix rule: the radix tree receives only what a dense run would have computed.
 
-Keys and values that a sparse step computed belong to that request's approximation. In the tree
-another request, a dense one included, would read them as if they were exact.
+Keys and values that a sparse step computed belong to that request's approximation. From the tree,
+other requests, dense ones included, would read them as exact.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fasa_sglang.names import REQ_ATTRIBUTE
 
 
 def limit_to_exact_prefix(result: int, req: Any) -> int:
-    """How many leading tokens of an ending request the radix tree may keep."""
+    """Limit the leading tokens of an ending request that the radix tree may keep."""
     state = getattr(req, REQ_ATTRIBUTE, None)
     if state is None or state.exact_len is None:
         return result
@@ -25,7 +25,10 @@ def limit_to_exact_prefix(result: int, req: Any) -> int:
 def free_inexact_tail(
     original: Callable[..., None], req: Any, start: int, end: int, tree_cache: Any
 ) -> None:
-    """Free what ``limit_to_exact_prefix`` withheld; SGLang asserts that nothing is left over."""
+    """Free the slots that ``limit_to_exact_prefix`` withheld from the tree.
+
+    SGLang's own function asserts that there are none.
+    """
     state = getattr(req, REQ_ATTRIBUTE, None)
     pruner = pruner_of(tree_cache)
     if state is not None and pruner is not None:

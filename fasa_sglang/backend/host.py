@@ -1,4 +1,4 @@
-"""Differences between SGLang versions, told apart by ``hasattr`` and never by version number."""
+"""SGLang as it differs between releases; told apart by ``hasattr``, never by version number."""
 
 from __future__ import annotations
 
@@ -6,46 +6,65 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
+from sglang.srt.arg_groups.overrides import attention_backends_of, resolved_view
+from sglang.srt.environ import envs
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.runtime_context import get_exec, get_parallel
 
-# SGLang 0.5.23 checks the body of /generate against a schema of its own.
+SUPPORTED_VERSIONS = "SGLang 0.5.17 to 0.5.23"
+# SGLang 0.5.23 validates the body of /generate against its own schema.
 CHECKS_BODIES = find_spec("sglang.srt.entrypoints.api_contract") is not None
-# The method that says how much of an ending request the radix tree may keep.
+# The method that returns how much of a finishing request the radix tree may keep.
 EXACT_LEN_METHOD = "owned_kv_len" if hasattr(Req, "owned_kv_len") else "effective_kv_committed_len"
 
 
+def resolved_args(server_args: Any) -> Any:
+    """Read-only view of the server's flags after SGLang has resolved them.
+
+    Since 0.5.20 ``ServerArgs`` keeps the operator's input and SGLang's decisions lie beside it.
+    """
+    return resolved_view(server_args)
+
+
 def attention_backends(server_args: Any) -> tuple[str | None, str | None]:
-    """The (prefill, decode) pair of attention backends, resolved as SGLang does."""
-    common = server_args.attention_backend
-    prefill = getattr(server_args, "prefill_attention_backend", None) or common
-    decode = getattr(server_args, "decode_attention_backend", None) or common
+    """Names of the attention backends for (prefill, decode) that SGLang resolved."""
+    prefill, decode = attention_backends_of(resolved_args(server_args))
     return prefill, decode
 
 
+def environment_value(name: str) -> Any:
+    """Value of one of SGLang's environment variables, parsed by SGLang.
+
+    Raises:
+        AttributeError: The installed SGLang has no such variable.
+    """
+    return getattr(envs, name).get()
+
+
 def heads_of_rank(model_config: Any) -> tuple[int, int]:
-    """Query and KV heads that one tensor-parallel rank holds."""
+    """Numbers of query heads and KV heads on one tensor-parallel rank."""
     tp_size = get_parallel().attn_tp_size
     return model_config.num_attention_heads // tp_size, model_config.get_num_kv_heads(tp_size)
 
 
 def first_layer_of_stage(configurator_source: Any) -> int:
-    """First layer of this pipeline stage, from what SGLang hands to its pool configurator.
+    """Index of the first layer of this pipeline stage.
 
     Args:
-        configurator_source: The model runner, or SGLang 0.5.23's ``KVCacheConfigurator``.
+        configurator_source: What SGLang passes to its pool configurator: the model runner, or
+            the ``KVCacheConfigurator`` of SGLang 0.5.23.
     """
     holder = getattr(configurator_source, "layer_info", configurator_source)
     return holder.start_layer
 
 
 def decode_graph_settings() -> Any:
-    """SGLang's settings of decode CUDA graphs: ``backend``, ``bs`` and ``max_bs``."""
+    """SGLang's settings for decode CUDA graphs, with ``backend``, ``bs`` and ``max_bs``."""
     return get_exec().graph.cuda_graph_config.decode
 
 
 def free_row_tail(req: Any, start: int, end: int, tree_cache: Any) -> None:
-    """Give back the KV slots of positions ``start`` to ``end`` of a request that ends."""
+    """Free the KV slots of positions ``[start, end)`` of a finishing request."""
     if hasattr(tree_cache, "free_kv_row"):  # SGLang 0.5.23
         tree_cache.free_kv_row(req.kv, [(start, end)])
         return
@@ -54,18 +73,18 @@ def free_row_tail(req: Any, start: int, end: int, tree_cache: Any) -> None:
 
 
 def request_row(req: Any) -> int:
-    """A running request's row of ``req_to_token``; SGLang 0.5.20 moved it."""
+    """Row of ``req_to_token`` that belongs to a running request; SGLang 0.5.20 moved it."""
     return req.req_pool_idx if hasattr(req, "req_pool_idx") else req.kv.req_pool_idx
 
 
 def protected_len(req: Any) -> int:
-    """Leading tokens of a running request whose slots the radix tree owns."""
+    """Number of leading tokens of a running request whose slots belong to the radix tree."""
     holder = req if hasattr(req, "cache_protected_len") else req.kv
     return holder.cache_protected_len
 
 
 def row_lengths(batch: Any) -> Sequence[int]:
-    """Tokens of every row of a decode batch.
+    """Number of tokens in every row of a decode batch, the current token included.
 
     With beam search, SGLang 0.5.23 appends rows that belong to no request; they come last.
     """

@@ -1,4 +1,4 @@
-"""What FASA does not work with: every refusal at start, with its reason, in one place."""
+"""Everything that FASA refuses at server start, each with its reason."""
 
 from __future__ import annotations
 
@@ -8,8 +8,15 @@ from typing import Any
 
 import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.version import __version__ as sglang_version
 
-from fasa_sglang.backend.host import attention_backends, decode_graph_settings
+from fasa_sglang.backend.host import (
+    SUPPORTED_VERSIONS,
+    attention_backends,
+    decode_graph_settings,
+    environment_value,
+    resolved_args,
+)
 from fasa_sglang.backend.served import fasa_config, serves_on_flashinfer
 from fasa_sglang.errors import UnsupportedHostError
 from fasa_sglang.names import BACKEND_NAME
@@ -17,41 +24,70 @@ from fasa_sglang.ops.label_format import LABEL_FORMATS
 
 HEAD_DIMS = (64, 128, 256)
 
-# Server flag: (the value that FASA works with, why others do not work).
+_NO_LABELS = "it loads keys that have no labels"
+_NO_CHECK = "requests would bypass the process that reads fasa and returns its report"
+
+# Server flag: (the value that FASA works with, why other values do not work).
 FLAGS: dict[str, tuple[Any, str]] = {
     "speculative_algorithm": (None, "verification reads several tokens per step"),
+    "dllm_algorithm": (None, "diffusion models decode blocks of tokens in prefill steps"),
     "enable_mixed_chunk": (False, "decode steps inside a prefill batch would run dense"),
-    "enable_hierarchical_cache": (False, "it loads keys that have no labels"),
+    "enable_hierarchical_cache": (False, _NO_LABELS),
+    "hicache_storage_backend": (None, _NO_LABELS),
+    "enable_lmcache": (False, _NO_LABELS),
+    "enable_flexkv": (False, _NO_LABELS),
+    "enable_unified_cache_external_linker": (False, _NO_LABELS),
+    "radix_cache_backend": (None, "a custom cache may load keys that have no labels"),
     "disaggregation_mode": ("null", "transferred keys have no labels"),
-    "enable_two_batch_overlap": (False, "it splits the batch behind the backend"),
-    "dcp_size": (1, "each rank holds a part of a request's keys"),
-    "attn_cp_size": (1, "each rank holds a part of a request's keys"),
-    "enable_pdmux": (False, "it splits the batch behind the backend"),
+    "disaggregation_decode_enable_offload_kvcache": (False, _NO_LABELS),
+    "enable_streaming_session": (False, "a session would reuse approximate keys as exact ones"),
+    "enable_two_batch_overlap": (False, "SGLang wraps the backend and splits its batches"),
+    "enable_pdmux": (False, "SGLang runs several copies of the backend"),
+    "dcp_size": (1, "each rank holds only a part of a request's keys"),
+    "attn_cp_size": (1, "each rank holds only a part of a request's keys"),
+    "enable_nvidia_megakernel": (False, "it replaces the model's attention"),
+    "enable_amd_monokernel": (False, "it replaces the model's attention"),
     "tokenizer_worker_num": (1, "SGLang loads no plugins in additional tokenizer workers"),
-    "enable_deterministic_inference": (False, "tokens are selected in no fixed order"),
+    "smg_grpc_mode": (False, _NO_CHECK),
+    "enable_deterministic_inference": (False, "the order of selected tokens is not deterministic"),
     "enable_memory_saver": (False, "the label cache would survive a released KV pool"),
 }
 
+# Environment variable of SGLang: (the value that FASA works with, why others do not work).
+ENVIRONMENT: dict[str, tuple[Any, str]] = {
+    "SGLANG_RUST_SERVER": (False, _NO_CHECK),
+    "SGLANG_ENABLE_METADATA_GLUE_GRAPH": (False, "a graph would replay the plan of one step"),
+    "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING": (False, "labels are sized before CUDA graph capture"),
+}
+
+# Not in every supported release. Any other name that SGLang does not know is an error.
+ONLY_IN_SOME_RELEASES = frozenset(
+    {
+        "enable_unified_cache_external_linker",
+        "enable_nvidia_megakernel",
+        "enable_amd_monokernel",
+        "SGLANG_ENABLE_METADATA_GLUE_GRAPH",
+    }
+)
+
 
 def require_supported_host(runner: Any) -> None:
-    """Refuse what FASA cannot work with, one sentence each.
+    """Refuse a server in which FASA cannot work.
+
+    Args:
+        runner: SGLang's ``ModelRunner``, its KV pool allocated.
 
     Raises:
-        UnsupportedHostError: A hook is missing, or a flag, the pool or the device does not fit.
+        UnsupportedHostError: A hook could not be installed, or a flag, an environment variable, the
+            KV pool or the GPU is not supported.
     """
     _require_hooks()
-    args = runner.server_args
-    for name, (supported, reason) in FLAGS.items():
-        value = getattr(args, name, supported)
-        if value not in (None, supported):
-            raise UnsupportedHostError(
-                f"FASA does not work with {name}={value!r} ({reason}); expected {supported!r}, or "
-                "another attention backend"
-            )
-    prefill, decode = attention_backends(args)
+    require_flags(runner.server_args)
+    require_environment()
+    prefill, decode = attention_backends(runner.server_args)
     if (prefill, decode) != (BACKEND_NAME, BACKEND_NAME):
         raise UnsupportedHostError(
-            "FASA must serve prefill, which writes labels, and decode, which reads them; got "
+            "FASA must serve both prefill, which writes labels, and decode, which reads them; got "
             f"{prefill!r} for prefill and {decode!r} for decode; start with --attention-backend "
             "fasa alone"
         )
@@ -69,16 +105,64 @@ def require_supported_host(runner: Any) -> None:
     keys = pool.k_buffer[0]
     if keys.dim() != 3 or not keys.is_contiguous():
         raise UnsupportedHostError(
-            f"FASA needs keys laid out [slots, kv_heads, head_dim], got {tuple(keys.shape)}; "
+            f"FASA needs keys laid out as [slots, kv_heads, head_dim], got {tuple(keys.shape)}; "
             "unset SGLANG_USE_HND_KVCACHE"
         )
     if keys.dtype != runner.dtype:
         raise UnsupportedHostError(
-            f"FASA needs keys of the model's {runner.dtype}, got {keys.dtype}; leave out "
+            f"FASA needs keys in the model's dtype {runner.dtype}, got {keys.dtype}; leave out "
             "--kv-cache-dtype"
         )
     if serves_on_flashinfer(runner):
         _require_supported_gpu(runner, keys)
+
+
+def require_flags(server_args: Any) -> None:
+    """Refuse server flags from ``FLAGS``.
+
+    Raises:
+        UnsupportedHostError: A flag has another value than FASA works with, or the installed SGLang
+            does not have a flag that every supported release has.
+    """
+    args = resolved_args(server_args)
+    for name, (supported, reason) in FLAGS.items():
+        try:
+            value = getattr(args, name)
+        except AttributeError:
+            _require_optional(name)
+            continue
+        if value not in (None, supported):
+            raise UnsupportedHostError(
+                f"FASA does not work with {name}={value!r} ({reason}); expected {supported!r}, or "
+                "another attention backend"
+            )
+
+
+def require_environment() -> None:
+    """Refuse environment variables from ``ENVIRONMENT``.
+
+    Raises:
+        UnsupportedHostError: As for ``require_flags``.
+    """
+    for name, (supported, reason) in ENVIRONMENT.items():
+        try:
+            value = environment_value(name)
+        except AttributeError:
+            _require_optional(name)
+            continue
+        if value != supported:
+            raise UnsupportedHostError(
+                f"FASA does not work with {name}={value!r} in the environment ({reason}); unset "
+                "it, or use another attention backend"
+            )
+
+
+def _require_optional(name: str) -> None:
+    if name not in ONLY_IN_SOME_RELEASES:
+        raise UnsupportedHostError(
+            f"SGLang {sglang_version} does not know {name}, which FASA has to check; use "
+            f"{SUPPORTED_VERSIONS}"
+        )
 
 
 def _require_supported_gpu(runner: Any, keys: torch.Tensor) -> None:
@@ -86,31 +170,32 @@ def _require_supported_gpu(runner: Any, keys: torch.Tensor) -> None:
     graphs = decode_graph_settings().backend
     if config.selector != "fasa" and graphs != "disabled":
         raise UnsupportedHostError(
-            f"selector {config.selector!r} ranks in torch and cannot be captured in CUDA graphs; "
-            "start with --cuda-graph-backend-decode disabled"
+            f"selector {config.selector!r} ranks tokens in torch and cannot be captured in CUDA "
+            "graphs; start with --cuda-graph-backend-decode disabled"
         )
     if keys.dtype not in (torch.float16, torch.bfloat16) or keys.shape[2] not in HEAD_DIMS:
         raise UnsupportedHostError(
-            f"FlashInfer attends to float16 or bfloat16 heads of {HEAD_DIMS} dims, got "
-            f"{keys.dtype} and {keys.shape[2]}; use another attention backend"
+            "FASA on a GPU needs float16 or bfloat16 keys with a head_dim of "
+            f"{', '.join(map(str, HEAD_DIMS))}, got {keys.dtype} and {keys.shape[2]}; use another "
+            "attention backend"
         )
     if graphs not in ("full", "disabled"):
         raise UnsupportedHostError(
-            f"FASA captures whole decode steps in CUDA graphs, got {graphs}; start with "
-            "--cuda-graph-backend-decode full, or disabled"
+            f"FASA captures whole decode steps in CUDA graphs, got {graphs!r}; start with "
+            "--cuda-graph-backend-decode full or disabled"
         )
     require_capability(config.label_dtype, torch.cuda.get_device_capability(keys.device))
 
 
 def require_capability(label_dtype: str, capability: tuple[int, int]) -> None:
-    """Refuse a label format that the GPU's kernels cannot convert.
+    """Refuse a label format that the GPU cannot convert in hardware.
 
     Args:
         label_dtype: A key of ``LABEL_FORMATS``.
-        capability: The GPU's CUDA compute capability.
+        capability: The GPU's CUDA compute capability, (major, minor).
 
     Raises:
-        UnsupportedHostError: Names a format that works there.
+        UnsupportedHostError: The GPU is too old; names a format that it supports.
     """
     needed = LABEL_FORMATS[label_dtype].min_capability
     if capability >= needed:
@@ -128,17 +213,20 @@ def require_capability(label_dtype: str, capability: tuple[int, int]) -> None:
 
 
 def missing_hooks() -> list[str]:
-    """Our targets that SGLang did not patch (it logs and goes on), each with the reason."""
+    """Hook targets that SGLang could not patch, each with the reason.
+
+    SGLang logs such a failure and starts anyway.
+    """
     from sglang.srt.plugins.hook_registry import HookRegistry
 
     from fasa_sglang.backend.hooks import HOOKS
 
     targets = [hook.target for hook in HOOKS if hook.target not in HookRegistry._patched]
-    return [f"{target} ({_why_missing(target)})" for target in targets]
+    return [f"{target} ({_import_failure(target)})" for target in targets]
 
 
-def _why_missing(target: str) -> str:
-    """What keeps SGLang's module from being imported; SGLang's own message hides it."""
+def _import_failure(target: str) -> str:
+    """Why a target's module cannot be imported, which SGLang's own message hides."""
     module = target
     while "." in module:
         module = module.rpartition(".")[0]
@@ -152,15 +240,13 @@ def _why_missing(target: str) -> str:
         except ImportError as error:
             return str(error)
         break
-    return "not there"
+    return "not found"
 
 
 def _require_hooks() -> None:
     missing = missing_hooks()
     if missing:
-        from sglang.version import __version__
-
         raise UnsupportedHostError(
-            f"FASA cannot hook {', '.join(missing)} in SGLang {__version__}; use SGLang 0.5.17 to "
-            "0.5.23 with all packages it needs, and see fasa doctor"
+            f"FASA cannot hook {', '.join(missing)} in SGLang {sglang_version}; use "
+            f"{SUPPORTED_VERSIONS} with all packages it needs, and see fasa doctor"
         )

@@ -1,4 +1,4 @@
-"""Memory that SGLang must leave beside its KV pool: labels and the scratch of captured steps."""
+"""GPU memory that SGLang must leave free beside its KV pool: labels and scratch buffers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fasa_sglang.ops.label_format import LABEL_FORMATS
 def reserve_label_bytes(
     original: Callable[..., int], configurator: Any, kvc: Any, num_layers: int
 ) -> int:
-    """Add the label cache to the bytes that SGLang counts per token of its pool."""
+    """Add the label cache to the bytes per token by which SGLang sizes its KV pool."""
     cell_size = original(configurator, kvc, num_layers)
     if not uses_fasa(kvc.server_args):
         return cell_size
@@ -32,13 +32,13 @@ def reserve_label_bytes(
 def reserve_scratch(
     configurator: Any, available_bytes: int, *args: Any, **kwargs: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Keep the scratch of captured sparse steps out of the memory that the pool divides up."""
+    """Subtract the scratch buffers of captured steps from the memory that the pool may use."""
     reserved = getattr(configurator, "fasa_scratch_bytes", 0)
     return (configurator, available_bytes - reserved, *args), kwargs
 
 
 def graph_scratch_bytes(model_config: Any, config: FasaConfig) -> int:
-    """Bytes that captured sparse steps will allocate beside labels and pool."""
+    """Bytes of scratch buffers that captured sparse steps will allocate; 0 without CUDA graphs."""
     decode = decode_graph_settings()
     if decode.backend == "disabled":
         return 0

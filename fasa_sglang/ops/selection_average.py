@@ -1,4 +1,4 @@
-"""How often tokens were selected lately: the averages of memory mode, in one kernel a step."""
+"""Averages of how often each generated token was selected, updated by one kernel per step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-# Blocks that share a lane.
+# Thread blocks that share the tokens of one lane.
 SPLITS = 16
 
 
@@ -51,18 +51,20 @@ def update_averages(
     selectors: int,
     decay: float,
 ) -> None:
-    """Fold the counts of a step into the averages of every lane whose selections are counted.
+    """Fold the counts of a step into the averages of every lane that counts its selections.
 
     Args:
-        slots: Position to slot, lane after lane, without gaps, int32.
-        indptr: Where each lane's slots begin, ``[B + 1]``, int32.
-        prompt_lens: First tokens that are left out, ``[B]``, int32.
-        live_lens: Tokens with a slot, ``[B]``, int32.
-        counted: Which lanes, ``[B]``, int32, 0 or 1.
-        counts: Selections of the step by slot, ``[num_slots]``, int32; set to 0.
-        average: By slot, ``[num_slots]``, float32; that of a lane's last token becomes 1.
-        selectors: (layer, KV head) pairs that selected.
-        decay: Share of the old average in the new one.
+        slots: Slots of the live tokens, lane after lane, int32.
+        indptr: Start of each lane in ``slots``, ``[B + 1]``, int32.
+        prompt_lens: Leading tokens of each lane without an average, ``[B]``, int32.
+        live_lens: Tokens of each lane that have a slot, ``[B]``, int32.
+        counted: 1 for lanes that count their selections, else 0, ``[B]``, int32.
+        counts: Selections of the step per slot, ``[num_slots]``, int32. Those of the averaged
+            tokens are reset to 0.
+        average: Per slot, ``[num_slots]``, float32. That of a lane's last token, the current one,
+            becomes 1.
+        selectors: (layer, KV head) pairs that selected in the step.
+        decay: Weight of the old average.
 
     Reference: :meth:`fasa_sglang.pruning.importance.Importance.end_step`.
     """

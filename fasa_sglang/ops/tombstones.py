@@ -1,4 +1,4 @@
-"""Slots of a decode batch without those of pruned tokens."""
+"""Removes the tombstones of pruned tokens from the slots of a decode batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _close_gaps_kernel(slots_ptr, indptr_ptr, pruned_ptr, BT: tl.constexpr):
     seq_len = tl.load(indptr_ptr + i_b + 1) - begin
     p_slot = slots_ptr + begin
     written = 0
-    # One block per lane, tile after tile: it writes only where it has read.
+    # One thread block takes the tiles of a lane in order, so it writes only where it has read.
     for i_t in range(0, tl.cdiv(seq_len, BT)):
         o_t = i_t * BT + tl.arange(0, BT)
         b_slot = tl.load(p_slot + o_t, mask=o_t < seq_len, other=0)
@@ -30,13 +30,13 @@ def _close_gaps_kernel(slots_ptr, indptr_ptr, pruned_ptr, BT: tl.constexpr):
 
 
 def close_gaps(slots: torch.Tensor, indptr: torch.Tensor, pruned: torch.Tensor) -> None:
-    """Move the live slots of every lane to the front of its part, in order and in place.
+    """Move the live slots of every lane to its front, in order and in place.
 
     Args:
-        slots: Position to slot, lane after lane, int32, 0 where a token was pruned. What lies
-            behind a lane's live slots is undefined afterwards.
-        indptr: Where each lane's slots begin, ``[B + 1]``, int32.
-        pruned: How many zeros each lane has, ``[B]``, int32; lanes without any are not read.
+        slots: Slots of all tokens, lane after lane, int32; 0 for pruned tokens. Entries behind a
+            lane's live slots are undefined afterwards.
+        indptr: Start of each lane in ``slots``, ``[B + 1]``, int32.
+        pruned: Pruned tokens of each lane, ``[B]``, int32. Lanes without any are left as they are.
 
     Reference: ``slots[slots != 0]`` of every lane.
     """

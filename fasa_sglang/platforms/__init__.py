@@ -1,4 +1,4 @@
-"""Entry point of SGLang's platform group: the CPU platform for FASA's reference backend."""
+"""Entry point of SGLang's platform group: a CPU platform for FASA's torch backend."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from fasa_sglang.names import PLATFORM_NAME
 
 
 def activate() -> str | None:
-    """Offer the CPU platform, but only to a process that names it in ``SGLANG_PLATFORM``.
+    """Offer the CPU platform to processes that name it in ``SGLANG_PLATFORM``.
 
-    SGLang activates every installed platform when the variable is unset; answering None then
-    keeps a GPU server on its own platform.
+    When the variable is unset, SGLang activates every installed platform; None keeps a GPU server
+    on its own platform.
+
+    Returns:
+        The platform's class as ``module:name``, or None.
     """
     if os.environ.get("SGLANG_PLATFORM") != PLATFORM_NAME:
         return None

@@ -1,1 +1,1 @@
-"""Which generated tokens lose their KV slots, and when."""
+"""Frees the KV slots of generated tokens that selection no longer chooses."""

@@ -1,14 +1,6 @@
-"""Which generated tokens lose their KV slots, and when.
-
-A pruned token leaves a tombstone: its entry of ``req_to_token`` becomes 0, a slot that is never
-allocated. Lengths and positions stay as they were, so that everything in SGLang that counts tokens
-goes on counting; attention reads what is left.
-"""
+"""Which generated tokens are pruned, and when."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -17,44 +9,37 @@ from fasa_sglang.pruning.importance import Importance
 from fasa_sglang.requests import FasaRequest
 
 
-@dataclass
-class PruneState:
-    """What was pruned of a running request since its last prefill.
-
-    Args:
-        pruned: Tombstones.
-        total: The same, over all its prefills; what its reply reports.
-        live: Generated tokens that have a slot, as the metrics know them.
-    """
-
-    pruned: int = 0
-    total: int = 0
-    live: int = 0
-
-
 def prunable_range(
     request: FasaRequest,
     config: FasaConfig,
     *,
     prompt_len: int,
     protected_len: int,
+    scored_from: int,
     seq_len: int,
     think_end: int | None,
 ) -> tuple[int, int]:
-    """Positions that may be pruned now; empty if the end is not behind the start.
+    """First and last position, exclusive, that may be pruned now; empty unless start < end.
+
+    Each of these tokens was scored by at least ``prune_grace`` finished steps.
 
     Args:
-        request: What was asked.
+        request: The request's parameters.
         config: The server's settings.
         prompt_len: Tokens of the prompt.
-        protected_len: Leading tokens that the radix tree owns. After a retraction generated ones
-            are among them.
-        seq_len: Tokens of the request.
-        think_end: Where its thinking ends; None if it has not ended, or nobody knows.
+        protected_len: Leading tokens whose slots the radix tree owns. After a retraction these
+            include generated tokens.
+        scored_from: Tokens of the request before its first sparse step.
+        seq_len: Tokens of the request. The step of the last one may still be running.
+        think_end: Position at which the thinking ended; None if it has not, or does not matter.
     """
     start = max(prompt_len, protected_len, request.sink)
-    end = seq_len - max(config.prune_recent, config.prune_grace, request.recent)
-    if request.prune == "think" and think_end is not None:
+    finished_len = seq_len - 1
+    if finished_len - scored_from < config.prune_grace:
+        return start, start
+    # The step that generates the next token is the first one that scores a token.
+    end = min(seq_len - max(config.prune_recent, request.recent), finished_len - config.prune_grace)
+    if think_end is not None:
         end = min(end, think_end)
     return start, end
 
@@ -69,22 +54,20 @@ def num_victims(
     seq_len: int,
     think_end: int | None,
 ) -> int:
-    """How many tokens to prune now, so that ``prune_budget`` of those that count are left.
+    """Tokens to prune now so that ``prune_budget`` remain.
 
-    Nothing is pruned until ``prune_interval`` are too many.
+    Nothing is pruned until the request exceeds its budget by ``prune_interval``.
 
     Args:
-        request: What was asked.
+        request: The request's parameters.
         config: The server's settings.
-        pruned: Tombstones, all of them between ``start`` and ``end``.
-        start: Of the prunable range.
-        end: Of the prunable range.
+        pruned: Tombstones; all lie between ``start`` and ``end``.
+        start: Start of the prunable range.
+        end: End of the prunable range.
         seq_len: Tokens of the request.
-        think_end: As for ``prunable_range``.
+        think_end: As for ``prunable_range``; later tokens do not count towards the budget.
     """
-    counted = seq_len
-    if request.prune == "think" and think_end is not None:
-        counted = min(seq_len, think_end)
+    counted = seq_len if think_end is None else min(seq_len, think_end)
     excess = counted - start - pruned - request.prune_budget
     if excess < config.prune_interval:
         return 0
@@ -94,14 +77,14 @@ def num_victims(
 def choose_victims(
     importance: Importance, slots: torch.Tensor, count: int, rule: str, seed: int
 ) -> torch.Tensor:
-    """The tokens to prune, without a synchronisation.
+    """Choose the tokens to prune. Does not synchronise.
 
     Args:
-        importance: Of all slots.
-        slots: Of the prunable tokens, in order, ``[N]``, int; 0 where one is a tombstone.
-        count: How many; there are as many live ones.
-        rule: ``fasa`` takes the least wanted, ``oldest`` the first, ``random`` any.
-        seed: Of ``random``.
+        importance: Selection averages per KV slot.
+        slots: Slots of the prunable tokens, in order, ``[N]``, int64; tombstones are 0.
+        count: Tokens to choose; at most as many as have a slot.
+        rule: ``fasa`` takes the least selected, ``oldest`` the first, ``random`` any.
+        seed: Seed of ``random``.
 
     Returns:
         Indices into ``slots``, ``[count]``, int64.
@@ -114,28 +97,3 @@ def choose_victims(
         generator = torch.Generator().manual_seed(seed)
         worth = torch.rand(len(slots), generator=generator).to(slots.device)
     return worth.masked_fill(slots == 0, torch.inf).topk(count, largest=False).indices
-
-
-def prune_row(row: torch.Tensor, start: int, victims: torch.Tensor, allocator: Any) -> None:
-    """Give the victims' slots back and leave tombstones.
-
-    Args:
-        row: The request's row of ``req_to_token``.
-        start: Position that ``victims`` count from.
-        victims: ``[count]``, int64.
-        allocator: SGLang's; takes slots.
-    """
-    places = start + victims
-    # A copy: inside a free group SGLang keeps what it is given, and the row is about to change.
-    allocator.free(row[places].to(torch.int64))
-    row[places] = 0
-
-
-def live_slots(row: torch.Tensor, count: int) -> torch.Tensor:
-    """The slots in a part of a row that are no tombstones, in no order, without a synchronisation.
-
-    Args:
-        row: Part of a row of ``req_to_token``.
-        count: How many live ones there are.
-    """
-    return row.sort(descending=True).values[:count]

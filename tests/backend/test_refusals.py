@@ -1,136 +1,102 @@
-"""What cannot work does not start: one sentence, and a non-zero exit code."""
+"""The tables of what FASA refuses at start; test_startups.py starts servers for every row."""
 
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
+from sglang.srt.server_args import ServerArgs
 
-from serving import free_port, server_command, server_environment
+from fasa_sglang.backend import refusals
+from fasa_sglang.backend.refusals import ENVIRONMENT, FLAGS, ONLY_IN_SOME_RELEASES
+from fasa_sglang.errors import UnsupportedHostError
+from fasa_sglang.ops.label_format import LABEL_FORMATS
 
-
-@pytest.fixture(scope="module")
-def paths(
-    tiny_path: Path,
-    tiny_calibration: str,
-    smollm2_calibration: str,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> dict[str, str]:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    folder = tmp_path_factory.mktemp("refusals")
-    GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=64, vocab_size=49152)).save_pretrained(
-        folder / "gpt2"
-    )
-    for file in tiny_path.glob("token*"):
-        (folder / "gpt2" / file.name).write_bytes(file.read_bytes())
-    truncated = folder / "truncated.safetensors"
-    truncated.write_bytes(Path(tiny_calibration).read_bytes()[:500])
-    return {
-        "tiny": str(tiny_path),
-        "gpt2": str(folder / "gpt2"),
-        "own": tiny_calibration,
-        "other": smollm2_calibration,
-        "truncated": str(truncated),
-    }
-
-
-# Name: (model, settings, flags, environment, what the log must say). "{own}" and the like stand
-# for the files above. The first ones are the small draw.
-CASES: dict[str, tuple[str, dict[str, Any] | None, tuple[str, ...], dict[str, str], str]] = {
-    "another-models-calibration": (
-        "tiny",
-        {"calibration": "{other}"},
-        (),
-        {},
-        "was calibrated for num_layers 30 but the model has 2",
-    ),
-    "no-rope": ("gpt2", {"calibration": "{own}"}, (), {}, "no rotary position embedding"),
-    "page-size": (
-        "tiny",
-        {"calibration": "{own}"},
-        ("--page-size", "16"),
-        {},
-        "needs page_size 1, got 16",
-    ),
-    "unknown-selector": (
-        "tiny",
-        {"calibration": "{own}", "selector": "best"},
-        (),
-        {},
-        "quest, paged, per_head, any, got 'best'",
-    ),
-    "no-calibration": ("tiny", None, (), {}, "FASA needs a calibration file; run: fasa calibrate"),
-    "truncated-calibration": (
-        "tiny",
-        {"calibration": "{truncated}"},
-        (),
-        {},
-        "truncated or not a safetensors file",
-    ),
-    "too-many-chunks": (
-        "tiny",
-        {"calibration": "{own}", "num_fcs": 17},
-        (),
-        {},
-        "num_fcs must be from 1 to the model's 16 frequency chunks, got 17",
-    ),
-    "mixed-chunk": (
-        "tiny",
-        {"calibration": "{own}"},
-        ("--enable-mixed-chunk",),
-        {},
-        "FASA does not work with enable_mixed_chunk=True",
-    ),
-    "unchecked-requests": (
-        "tiny",
-        {"calibration": "{own}"},
-        ("--tokenizer-worker-num", "2"),
-        {},
-        "FASA does not work with tokenizer_worker_num=2",
-    ),
-    "another-prefill-backend": (
-        "tiny",
-        {"calibration": "{own}"},
-        ("--prefill-attention-backend", "torch_native"),
-        {},
-        "prefill_attention_backend='torch_native' would fill keys that have no label",
-    ),
-    "unreadable-config": (
-        "tiny",
-        None,
-        (),
-        {"FASA_CONFIG": "/no/such/file.json"},
-        "FASA_CONFIG must be a JSON object or the path of a readable JSON file",
-    ),
+# A value that FASA does not work with, for flags and variables that are not switches.
+UNSUPPORTED = {
+    "speculative_algorithm": "EAGLE",
+    "dllm_algorithm": "LowConfidence",
+    "hicache_storage_backend": "file",
+    "radix_cache_backend": "custom",
+    "disaggregation_mode": "decode",
+    "dcp_size": 2,
+    "attn_cp_size": 2,
+    "tokenizer_worker_num": 2,
 }
 
 
-@pytest.mark.slow
-def test_server_refuses_to_start(
-    paths: dict[str, str], tmp_path: Path, draw: Callable[[Any, Any], Any]
-) -> None:
-    def problem(name: str) -> str | None:
-        model, settings, flags, environment, message = CASES[name]
-        if settings is not None:
-            settings = {**settings, "calibration": settings["calibration"].format(**paths)}
-        done = subprocess.run(
-            server_command(Path(paths[model]), settings, "--port", str(free_port()), *flags),
-            env=server_environment(**environment),
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        if done.returncode != 0 and message in done.stdout + done.stderr:
-            return None
-        return f"{name}: exit {done.returncode}, {done.stderr[-2000:]}"
+def known(name: str) -> bool:
+    """Whether the installed SGLang has a flag or an environment variable of this name."""
+    from sglang.srt.environ import Envs
 
-    # Most of a start is imports, on one core.
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        problems = list(filter(None, pool.map(problem, list(CASES)[: draw(4, len(CASES))])))
-    assert not problems, "\n\n".join(problems)
+    return name in ServerArgs.__annotations__ or hasattr(Envs, name)
+
+
+@pytest.mark.parametrize("name", [*FLAGS, *ENVIRONMENT])
+def test_table_names_something_that_the_installed_sglang_knows(name: str) -> None:
+    if name in ONLY_IN_SOME_RELEASES and not known(name):
+        pytest.skip(f"this release has no {name}")
+    assert known(name)
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_require_flags_unsupported_value_is_refused_with_the_reason(name: str) -> None:
+    if not known(name):
+        pytest.skip(f"this release has no {name}")
+    supported, reason = FLAGS[name]
+    value: Any = UNSUPPORTED.get(name, not supported)
+    args = ServerArgs(model_path="unused", **{name: value})
+    with pytest.raises(UnsupportedHostError) as refused:
+        refusals.require_flags(args)
+    assert str(refused.value).startswith(f"FASA does not work with {name}={value!r} ({reason});")
+
+
+def test_require_flags_default_flags_pass() -> None:
+    refusals.require_flags(ServerArgs(model_path="unused"))
+
+
+@pytest.mark.parametrize("name", ENVIRONMENT)
+def test_require_environment_unsupported_value_is_refused_with_the_reason(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not known(name):
+        pytest.skip(f"this release has no {name}")
+    refusals.require_environment()
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(UnsupportedHostError, match=f"{name}=True in the environment"):
+        refusals.require_environment()
+
+
+def test_require_flags_name_that_no_release_knows_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A flag that SGLang renames must not switch its refusal off."""
+    monkeypatch.setitem(FLAGS, "enable_renamed_cache", (False, "it is gone"))
+    with pytest.raises(UnsupportedHostError, match="does not know enable_renamed_cache"):
+        refusals.require_flags(ServerArgs(model_path="unused"))
+    monkeypatch.delitem(FLAGS, "enable_renamed_cache")
+    monkeypatch.setitem(ENVIRONMENT, "SGLANG_RENAMED", (False, "it is gone"))
+    with pytest.raises(UnsupportedHostError, match="does not know SGLANG_RENAMED"):
+        refusals.require_environment()
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0)])
+@pytest.mark.parametrize("label_dtype", ["fp8", "bf16"])
+def test_require_capability_refuses_fp8_labels_below_8_9(
+    label_dtype: str, capability: tuple[int, int]
+) -> None:
+    if label_dtype == "bf16" or capability >= (8, 9):
+        refusals.require_capability(label_dtype, capability)
+        return
+    with pytest.raises(UnsupportedHostError) as refused:
+        refusals.require_capability(label_dtype, capability)
+    assert str(refused.value) == (
+        "fp8 labels need a GPU of compute capability 8.9 or higher, got "
+        f"{capability[0]}.{capability[1]}; set label_dtype to 'bf16' in the server's fasa settings"
+    )
+
+
+@pytest.mark.parametrize("label_dtype", LABEL_FORMATS)
+def test_require_capability_where_no_format_works_names_another_backend(label_dtype: str) -> None:
+    with pytest.raises(UnsupportedHostError, match=r"got 7\.5; use another attention backend"):
+        refusals.require_capability(label_dtype, (7, 5))

@@ -1,4 +1,4 @@
-"""What FASA's attention backends share: the label cache and what each lane of a batch does."""
+"""Base of FASA's attention backends: the label cache and the plan of each lane of a batch."""
 
 from __future__ import annotations
 
@@ -10,32 +10,33 @@ from sglang.srt.runtime_context import get_parallel
 
 from fasa_sglang.backend.attention.label_cache import LabelCache
 from fasa_sglang.backend.attention.variant import Variant
-from fasa_sglang.backend.metrics import Usage
+from fasa_sglang.backend.metrics import Usage, counts_requests
 from fasa_sglang.backend.pruner import Pruner
 from fasa_sglang.backend.served import load_dominant_fcs
 from fasa_sglang.backend.step import LaneStep, launch_step
 from fasa_sglang.config import FasaConfig
+from fasa_sglang.errors import UnsupportedHostError
 from fasa_sglang.layer_plan import LayerPlan
-from fasa_sglang.names import POOL_ATTRIBUTE
+from fasa_sglang.names import POOL_ATTRIBUTE, RUNNER_ATTRIBUTE
 from fasa_sglang.ops.label_format import LABEL_FORMATS
 
 logger = logging.getLogger(__name__)
 
 
 class FasaBackend:
-    """Mixed into an attention backend of SGLang.
+    """Mixin for an SGLang attention backend; comes before it in the list of base classes.
 
     Attributes:
         config: The server's settings.
-        plan: What the layers of this pipeline stage do.
+        plan: Which layers of this pipeline stage select tokens and which are dense.
         lanes: One entry per row of the coming decode batch, set before each forward pass; empty
-            for every other batch.
-        label_cache: Labels of this rank's layers and heads.
-        usage: Counts steps and requests.
-        pruner: Frees the slots of requests that prune.
-        has_variants: Whether decode batches have CUDA graphs per ``Variant``.
-        variant: The variant of the coming batch.
-        capturing: The variant that graphs are being captured for, else None.
+            for any other batch.
+        label_cache: Labels of this rank's layers and KV heads.
+        usage: Step and request counters.
+        pruner: Frees KV slots of requests that prune.
+        has_variants: Whether the backend captures one CUDA graph per batch size and ``Variant``.
+        variant: Variant of the coming batch.
+        capturing: Variant whose graphs are being captured; None outside capture.
     """
 
     has_variants = False
@@ -45,8 +46,12 @@ class FasaBackend:
     def start_fasa(self, runner: Any, config: FasaConfig) -> None:
         """Load the calibration and allocate the label cache.
 
+        Args:
+            runner: SGLang's ``ModelRunner``, its KV pool allocated.
+            config: The server's settings.
+
         Raises:
-            FasaError: The calibration is missing, broken or of another model.
+            FasaError: The calibration is missing, broken or was made for another model.
         """
         self.config = config
         self.lanes: list[LaneStep] = []
@@ -63,9 +68,10 @@ class FasaBackend:
             LABEL_FORMATS[config.label_dtype],
         )
         labels = self.label_cache.labels
-        self.usage = Usage(runner.server_args, labels.nbytes, parallel.attn_tp_rank == 0)
+        self.usage = Usage(runner.server_args, labels.nbytes, counts_requests(parallel))
         self.pruner = Pruner(config, labels.shape[1], labels.device, self.usage)
         setattr(runner.req_to_token_pool, POOL_ATTRIBUTE, self.pruner)
+        setattr(runner, RUNNER_ATTRIBUTE, self)
         kv_bytes = sum(buffer.nbytes for buffer in (*pool.k_buffer, *pool.v_buffer))
         logger.info(
             "FASA: %s, %s, selector %s, budget %d (at most %d), sink %d, recent %d, %d of %d "
@@ -106,7 +112,10 @@ class FasaBackend:
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """SGLang's dense prefill; after the last layer the new keys of all layers get labels."""
+        """SGLang's dense prefill; the last layer also labels the new keys of all layers.
+
+        Arguments and result are those of SGLang's ``AttentionBackend.forward_extend``.
+        """
         out = super().forward_extend(  # type: ignore[misc]
             q, k, v, layer, forward_batch, *args, **kwargs
         )
@@ -114,21 +123,32 @@ class FasaBackend:
         return out
 
     def write_labels(self, layer: Any, forward_batch: Any) -> None:
-        """Label the new keys of all layers once the last layer has stored its own.
+        """Label the new keys of all layers, once the last layer has stored its keys.
 
-        Until then no step needs the label of its own token, which is always selected.
+        One write per step is enough: a step never needs the label of the current token, which is
+        always selected.
         """
         if layer.layer_id == self.plan.last:
             self.label_cache.write(forward_batch.out_cache_loc)
 
     @property
     def num_selecting(self) -> int:
-        """(layer, KV head) pairs of this rank that select."""
+        """Number of (layer, KV head) pairs of this rank that select tokens."""
         return len(self.plan.selecting) * self.label_cache.labels.shape[2]
 
 
 def plan_step(result: Any, cls: Any, batch: Any, model_runner: Any, **kwargs: Any) -> None:
-    """Tell the backend what each lane of the coming forward pass does."""
+    """Set the lanes of the coming forward pass; a hook on ``ForwardBatch.init_new``.
+
+    Raises:
+        UnsupportedHostError: SGLang wrapped or replaced the backend, so no lane could be sparse.
+    """
     backend = getattr(model_runner, "attn_backend", None)
     if isinstance(backend, FasaBackend):
         backend.lanes = launch_step(batch, backend.config, backend.plan, backend.usage)
+        backend.pruner.start_averages(batch, backend.lanes)
+    elif hasattr(model_runner, RUNNER_ATTRIBUTE):
+        raise UnsupportedHostError(
+            f"SGLang runs {type(backend).__name__} in place of FASA's attention backend; FASA "
+            "does not work with this model or these flags; use another --attention-backend"
+        )

@@ -1,10 +1,10 @@
-"""FASA on the GPU: SGLang's FlashInfer backend plus selection, eager or in CUDA graphs.
+"""FASA on the GPU: SGLang's FlashInfer backend plus token selection, eager or in CUDA graphs.
 
-Prefill, dense decode and the writing of keys are SGLang's own code. In a sparse step SGLang's
-``forward_decode`` is given a ``SparseDecode`` as its wrapper, which selects and then attends.
+Prefill, dense decode and key writes are SGLang's own code. In a sparse step, SGLang's
+``forward_decode`` gets a ``SparseDecode`` as its decode wrapper, which selects and then attends.
 
-Under CUDA graphs every batch size is captured once per ``Variant``, and a batch replays the
-cheapest one that covers it, so a batch without FASA pays for writing labels and nothing else.
+Under CUDA graphs every batch size is captured once per ``Variant``. A batch replays the cheapest
+variant that covers it, so a batch without FASA only pays for writing labels.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ from sglang.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend
 from fasa_sglang.backend.attention.base import FasaBackend
 from fasa_sglang.backend.attention.sparse_decode import SparseDecode
 from fasa_sglang.backend.attention.variant import Variant
+from fasa_sglang.backend.host import SUPPORTED_VERSIONS
 from fasa_sglang.backend.step import LaneStep
 from fasa_sglang.config import FasaConfig
+from fasa_sglang.errors import UnsupportedHostError
 from fasa_sglang.flashinfer_ext.buffers import PlannerBuffers
 from fasa_sglang.flashinfer_ext.planner import SparseIndexPlanner
+from fasa_sglang.flashinfer_ext.self_test import decode_problem
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +38,8 @@ class FasaFlashInferAttnBackend(FasaBackend, FlashInferAttnBackend):
         config: The server's settings; ``calibration`` must be set.
 
     Raises:
-        FasaError: The calibration is missing, broken or of another model.
+        FasaError: The calibration is missing, broken or was made for another model, or FlashInfer
+            does not pass the self-test.
     """
 
     forward_metadata: Any
@@ -48,6 +52,17 @@ class FasaFlashInferAttnBackend(FasaBackend, FlashInferAttnBackend):
         self.num_qo_heads = self.indices_updater_decode.num_qo_heads
         self.num_kv_heads, self.head_dim = self.token_to_kv_pool.k_buffer[0].shape[1:]
         self.max_kv_len = min(self.max_context_len, self.token_to_kv_pool.size)
+        problem = decode_problem(
+            self.num_qo_heads // self.num_kv_heads,
+            self.head_dim,
+            self.dtype,
+            self.workspace_buffer,
+        )
+        if problem is not None:
+            raise UnsupportedHostError(
+                f"{problem}; install the FlashInfer version that {SUPPORTED_VERSIONS} requires, or "
+                "use another attention backend"
+            )
         self._graph_buffers: PlannerBuffers | None = None
         self._graph_decodes: dict[int, SparseDecode] = {}
         self._eager_buffers: PlannerBuffers | None = None
@@ -58,7 +73,7 @@ class FasaFlashInferAttnBackend(FasaBackend, FlashInferAttnBackend):
         super().init_cuda_graph_state(max_bs, max_num_tokens, *args)
         self._graph_buffers = self._new_buffers(max_bs, self.max_kv_len)
         logger.info(
-            "FASA: %.0f MiB of scratch for batches of %d up to %d tokens",
+            "FASA: %.0f MiB of scratch for %d requests of up to %d tokens",
             self._graph_buffers.nbytes / 2**20,
             max_bs,
             self.max_kv_len,
@@ -70,13 +85,13 @@ class FasaFlashInferAttnBackend(FasaBackend, FlashInferAttnBackend):
         wrappers = self.decode_cuda_graph_metadata.get(bs)
         super()._prepare_cuda_graph_metadata(bs, num_tokens, forward_mode, spec_info)
         if wrappers is not None and forward_mode.is_decode_or_idle():
-            # Another variant of a captured size. The earlier graph reads the plan of its own
-            # wrappers, so every variant has to be planned through the same ones.
+            # Another variant of this batch size has been captured, and its graph reads the plan of
+            # these wrappers. All variants of a size therefore share one set of wrappers.
             self.decode_cuda_graph_metadata[bs] = wrappers
             self.forward_metadata.decode_wrappers = wrappers
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
-        """Prepare a captured or replayed forward pass; runs before the graph."""
+        """Prepare a forward pass that is captured or replayed; runs outside the graph."""
         decoding = forward_batch.forward_mode.is_decode_or_idle()
         self.variant = Variant.DENSE
         if decoding:
@@ -106,17 +121,17 @@ class FasaFlashInferAttnBackend(FasaBackend, FlashInferAttnBackend):
             return
         batch_size = forward_batch.batch_size
         decode = self._eager_decode(batch_size, int(forward_batch.seq_lens_cpu.max()))
-        # SGLang makes a new tensor for every eager step; plans want one that stays.
+        # SGLang allocates a new index tensor for every eager step; the planner needs a fixed one.
         slots = self.decode_wrappers[0]._paged_kv_indices_buf
         decode.slots[: len(slots)].copy_(slots)
         self._start(decode, forward_batch, self.lanes)
 
     def _eager_decode(self, batch_size: int, max_len: int) -> SparseDecode:
-        """Buffers and plans of a batch size, allocated when first needed or outgrown."""
+        """The eager sparse decode of a batch size, reallocated when it is too small."""
         buffers = self._eager_buffers
         if buffers is None or buffers.max_batch_size < batch_size or buffers.max_kv_len < max_len:
-            # Twice as large as needed, so that a growing batch does not allocate at every step. A
-            # request with pruned tokens may be longer than the pool.
+            # Twice as large as needed, so that a growing batch does not reallocate at every step.
+            # A request with pruned tokens may be longer than the pool.
             doubled = max(2 * max_len, buffers.max_kv_len if buffers else 0)
             max_len = max(max_len, min(self.max_kv_len, doubled))
             lanes = max(2 * batch_size, buffers.max_batch_size if buffers else 0)
@@ -139,7 +154,10 @@ class FasaFlashInferAttnBackend(FasaBackend, FlashInferAttnBackend):
         forward_batch: Any,
         save_kv_cache: bool = True,
     ) -> torch.Tensor:
-        """SGLang's decode, with selection in the steps and layers that select."""
+        """SGLang's decode, with ``SparseDecode`` as its wrapper where this step needs it.
+
+        Arguments and result are those of SGLang's ``AttentionBackend.forward_decode``.
+        """
         dense = self.forward_metadata
         selects = self.plan.selects(layer.layer_id)
         if self.variant is Variant.MIXED or (self.variant is Variant.SPARSE and selects):
@@ -158,7 +176,8 @@ class FasaFlashInferAttnBackend(FasaBackend, FlashInferAttnBackend):
         """The cheapest variant that covers the coming batch."""
         if all(lane.request is None for lane in self.lanes):
             return Variant.DENSE
-        # In a sparse step dense layers use SGLang's own wrapper, which cannot skip pruned tokens.
+        # In the SPARSE variant, dense layers use SGLang's own wrapper, which cannot skip pruned
+        # tokens.
         selects_only = all(lane.planner_lane.selects_only for lane in self.lanes)
         return Variant.SPARSE if selects_only else Variant.MIXED
 

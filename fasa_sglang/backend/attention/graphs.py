@@ -1,4 +1,4 @@
-"""CUDA graphs of decode steps: every batch size is captured once per variant of a step."""
+"""CUDA graphs of decode steps: every batch size is captured once per ``Variant``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fasa_sglang.backend.attention.variant import Variant
 def capture_every_variant(original: Callable[..., None], runner: Any, *args: Any) -> None:
     """Capture all batch sizes once per variant.
 
-    SGLang 0.5.20 has a mechanism for variants and 0.5.17 has none; this works in both.
+    SGLang has its own graph variants since 0.5.20; this also works in 0.5.17.
     """
     backend = getattr(runner, "attn_backend", None)
     if not isinstance(backend, FasaBackend) or not backend.has_variants:
@@ -26,7 +26,7 @@ def capture_every_variant(original: Callable[..., None], runner: Any, *args: Any
 
 
 def name_variant(result: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
-    """Give each variant of a batch size a graph key of its own, for capture and for replay."""
+    """Add the variant to the key under which SGLang stores and looks up a graph."""
     backend = getattr(runner, "attn_backend", None)
     if not isinstance(backend, FasaBackend) or not backend.has_variants:
         return result

@@ -1,7 +1,7 @@
-"""FASA's reference backend: SGLang's torch backend plus selection, in float32 torch.
+"""FASA's reference backend: SGLang's torch backend plus token selection in float32 torch.
 
-It runs wherever torch does, one request at a time. Prefill and dense decode are SGLang's own
-code, so a request that does not use FASA gets exactly what ``torch_native`` gives.
+It runs wherever torch does and handles one request at a time. Prefill and dense decode are SGLang's
+own code, so a request without FASA gets exactly the output of ``torch_native``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class FasaTorchAttnBackend(FasaBackend, TorchNativeAttnBackend):
         config: The server's settings; ``calibration`` must be set.
 
     Raises:
-        FasaError: The calibration is missing, broken or of another model.
+        FasaError: The calibration is missing, broken or was made for another model.
     """
 
     def __init__(self, runner: Any, config: FasaConfig) -> None:
@@ -36,15 +36,15 @@ class FasaTorchAttnBackend(FasaBackend, TorchNativeAttnBackend):
         self.start_fasa(runner, config)
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
-        """Prepare one forward pass: where the sparse lanes are, and a batch without them."""
+        """Prepare one forward pass: find the sparse lanes and shorten them in the dense pass."""
         super().init_forward_metadata(forward_batch)
         sparse = [i for i, lane in enumerate(self.lanes) if lane.request is not None]
-        # By whether a layer selects. SGLang's dense attention cannot skip pruned tokens, so lanes
-        # that have them are ours in dense layers, too.
+        # Lanes that FASA attends itself, by whether the layer selects. SGLang's dense attention
+        # cannot skip pruned tokens, so FASA also serves lanes with pruned tokens in dense layers.
         self.own_lanes = {True: sparse, False: [i for i in sparse if self.lanes[i].pruned]}
         self.dense_views = {}
         for selects, lanes in self.own_lanes.items():
-            # The dense pass covers the whole batch; one token is the least it can read.
+            # The dense pass covers the whole batch and reads at least one token per lane.
             self.dense_views[selects] = view = copy.copy(forward_batch)
             if lanes:
                 view.seq_lens = forward_batch.seq_lens.clone()
@@ -59,7 +59,10 @@ class FasaTorchAttnBackend(FasaBackend, TorchNativeAttnBackend):
         forward_batch: Any,
         save_kv_cache: bool = True,
     ) -> torch.Tensor:
-        """SGLang's dense decode, then FASA in the lanes that use it."""
+        """SGLang's dense decode, then FASA's attention for the lanes in ``own_lanes``.
+
+        Arguments and result are those of SGLang's ``AttentionBackend.forward_decode``.
+        """
         selects = self.plan.selects(layer.layer_id)
         view = self.dense_views[selects]
         out = super().forward_decode(q, k, v, layer, view, save_kv_cache)
@@ -73,7 +76,7 @@ class FasaTorchAttnBackend(FasaBackend, TorchNativeAttnBackend):
         return out
 
     def _slots(self, forward_batch: Any, i: int) -> torch.Tensor:
-        """Slots of a lane's live tokens, in order."""
+        """KV slots of a lane's tokens that are not pruned, in order, ``[live_len]``."""
         row = self.req_to_token_pool.req_to_token[forward_batch.req_pool_indices[i]]
         slots = row[: self.lanes[i].seq_len]
         return slots[slots != 0] if self.lanes[i].pruned else slots
@@ -90,7 +93,17 @@ class FasaTorchAttnBackend(FasaBackend, TorchNativeAttnBackend):
     def _attend(
         self, q: torch.Tensor, slots: torch.Tensor, layer: Any, lane: LaneStep
     ) -> torch.Tensor:
-        """One lane of one layer: score, select, attend. ``q`` and the result ``[HQ, D]``."""
+        """Attention of one lane in one layer: score, select, attend.
+
+        Args:
+            q: Queries after RoPE, ``[num_qo_heads, head_dim]``.
+            slots: KV slots of the lane's tokens that are not pruned, ``[live_len]``.
+            layer: SGLang's ``RadixAttention``.
+            lane: The lane's step; ``request`` is set.
+
+        Returns:
+            ``[num_qo_heads, head_dim]``, float32.
+        """
         assert lane.request is not None
         q, slots = q[None], slots[None].long()
         seq_lens = torch.tensor([lane.live_len], device=q.device)
@@ -124,7 +137,7 @@ class FasaTorchAttnBackend(FasaBackend, TorchNativeAttnBackend):
         layer: Any,
         request: FasaRequest,
     ) -> torch.Tensor:
-        """Rank the tokens with the request's selector, ``[1, HKV, L]``."""
+        """Scores of the request's selector, ``[1, num_kv_heads, live_len]``, float32."""
 
         def label_scores() -> torch.Tensor:
             return reference.token_importance(
@@ -145,7 +158,7 @@ class FasaTorchAttnBackend(FasaBackend, TorchNativeAttnBackend):
             head_dims=self.label_cache.head_dims(layer.layer_id),
             sm_scale=layer.scaling,
             combine=self.config.combine,
-            # Different draws for every layer and step, the same ones in a repeated run.
+            # Differs between layers and steps but is the same in a repeated run.
             seeds=[hash((request.seed, layer.layer_id, slots.shape[1]))],
         )
         return SELECTORS[request.selector].scores(view)

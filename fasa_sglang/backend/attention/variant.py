@@ -1,4 +1,4 @@
-"""Kinds of decode batches."""
+"""The three kinds of decode batches."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import enum
 
 
 class Variant(enum.Enum):
-    """What the lanes of a decode batch do; each variant has CUDA graphs of its own."""
+    """What the lanes of a decode batch do. Each variant has its own CUDA graphs."""
 
     DENSE = "dense"
-    """All lanes attend to every token."""
+    """All lanes attend to all of their tokens."""
     SPARSE = "sparse"
-    """All lanes select, and attend to nothing else."""
+    """All lanes attend to selected tokens only."""
     MIXED = "mixed"
-    """Any other batch: some lanes select, or attend to their whole prompt and select the rest."""
+    """Any other batch: some lanes are dense, attend to their whole prompt as well, or have pruned
+    tokens."""

@@ -1,4 +1,4 @@
-"""Memory mode's kernels."""
+"""Kernels of pruning against their references."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kernel_cases import (
     written_labels,
 )
 
-from fasa_sglang.pruning.importance import DECAY, Importance
+from fasa_sglang.pruning.importance import DECAY, START, Importance
 
 pytestmark = needs_triton
 
@@ -24,12 +24,14 @@ def ints(values: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("seq_lens", [(1,), (5, 3000, 40), (1024, 1025, 2048, 7)])
-def test_gaps_are_closed_in_order(seq_lens: tuple[int, ...]) -> None:
+def test_close_gaps_with_and_without_tombstones_moves_live_slots_to_the_front(
+    seq_lens: tuple[int, ...],
+) -> None:
     from fasa_sglang.ops.tombstones import close_gaps
 
     generator = torch.Generator().manual_seed(0)
     lanes = [torch.randint(1, 10**6, (n,), generator=generator).int() for n in seq_lens]
-    # The last lane has no gap; what it holds is not read, zeros neither.
+    # The last lane claims to have no tombstones, so its zeros are not looked at.
     for lane in lanes[:-1]:
         lane[torch.rand(len(lane), generator=generator) < 0.7] = 0
     lanes[-1][::2] = 0
@@ -44,8 +46,8 @@ def test_gaps_are_closed_in_order(seq_lens: tuple[int, ...]) -> None:
     assert torch.equal(parts[-1], lanes[-1])
 
 
-def test_averages_match_the_reference() -> None:
-    """Two steps; a lane whose selections are not counted, and slots that nobody has."""
+def test_update_averages_over_stale_slots_matches_the_reference() -> None:
+    """Two steps after the averages began; one lane does not count, and some slots are free."""
     from fasa_sglang.ops.selection_average import update_averages
 
     generator = torch.Generator().manual_seed(0)
@@ -53,42 +55,54 @@ def test_averages_match_the_reference() -> None:
     num_slots, selectors = 4000, 12
     slots = (torch.randperm(num_slots - 1, generator=generator) + 1)[: sum(live_lens)].int()
     indptr = [0, *torch.tensor(live_lens).cumsum(0).tolist()]
-    expected = Importance(num_slots, torch.device("cpu"))
-    expected.average.uniform_(generator=generator)
-    average = expected.average.clone().to(DEVICE)
-    counts = torch.zeros(num_slots, dtype=torch.int32, device=DEVICE)
+    generated = [
+        slots[begin + prompt_len : end].long()
+        for begin, prompt_len, end in zip(indptr, prompt_lens, indptr[1:], strict=False)
+    ]
+    reference = Importance(num_slots, torch.device("cpu"))
+    kernel = Importance(num_slots, torch.device(DEVICE))
+    # Former owners of the slots left averages, and counts of tokens that have no average.
+    reference.average.uniform_(generator=generator)
+    reference.counts.random_(0, 1000, generator=generator)
+    kernel.average.copy_(reference.average)
+    kernel.counts.copy_(reference.counts)
+    for lane_slots, counts in zip(generated, counted, strict=True):
+        if counts:
+            reference.start(lane_slots[:-1])
+            kernel.start(lane_slots[:-1].to(DEVICE))
 
     for _ in range(2):
         selected = torch.randint(0, selectors, (num_slots,), generator=generator).int()
-        expected.counts.copy_(selected)
-        counts.copy_(selected)
-        for i, begin in enumerate(indptr[:-1]):
-            if counted[i]:
-                own = slots[begin + prompt_lens[i] : indptr[i + 1]].long()
-                expected.end_step(own, selectors)
+        reference.counts += selected
+        kernel.counts += selected.to(DEVICE)
+        for lane_slots, counts in zip(generated, counted, strict=True):
+            if counts:
+                reference.end_step(lane_slots, selectors)
         update_averages(
             slots.to(DEVICE),
             ints(indptr),
             ints(prompt_lens),
             ints(live_lens),
             ints(counted),
-            counts,
-            average,
+            kernel.counts,
+            kernel.average,
             selectors,
             DECAY,
         )
-        torch.testing.assert_close(average.cpu(), expected.average)
-        assert torch.equal(counts.cpu(), expected.counts)
+        torch.testing.assert_close(kernel.average.cpu(), reference.average)
+        assert torch.equal(kernel.counts.cpu(), reference.counts)
+    first = generated[0]
+    assert (kernel.average.cpu()[first] <= START).all(), "a stale count was folded"
 
 
 def count_selections(case: Case, buffers, budgets: list[int], counted: list[int], forced):
-    """Select, and compare the counts with the indices; returns the indices."""
+    """Select tokens, check the counts against the returned indices, and return these."""
     from fasa_sglang.ops.token_selection import SelectionBuffers, select_tokens
 
     num_kv_heads = case.dims.shape[0]
     rows = len(budgets) * num_kv_heads
     indices = torch.full((rows, max(budgets) + 3), -7, dtype=torch.int32, device=DEVICE)
-    wanted = torch.zeros(len(case.k), dtype=torch.int32, device=DEVICE)
+    counts = torch.zeros(len(case.k), dtype=torch.int32, device=DEVICE)
     select_tokens(
         buffers,
         case.packed,
@@ -100,20 +114,20 @@ def count_selections(case: Case, buffers, budgets: list[int], counted: list[int]
         SelectionBuffers(buffers),
         indices,
         num_kv_heads,
-        wanted,
+        counts,
         ints(counted),
     )
-    expected = torch.zeros_like(wanted)
-    kept = torch.minimum(ints(budgets), case.seq_lens).tolist()
+    expected = torch.zeros_like(counts)
+    selected = torch.minimum(ints(budgets), case.seq_lens).tolist()
     for row, index in enumerate(indices):
         if counted[row // num_kv_heads]:
-            expected[index[: kept[row // num_kv_heads]].long() // num_kv_heads] += 1
-    assert torch.equal(wanted, expected)
+            expected[index[: selected[row // num_kv_heads]].long() // num_kv_heads] += 1
+    assert torch.equal(counts, expected)
     return indices
 
 
-def test_selections_are_counted_by_slot() -> None:
-    """Sparse, short and uncounted requests."""
+def test_select_tokens_counts_the_selections_of_counting_lanes_by_slot() -> None:
+    """Sparse lanes, a short one, and one that does not count."""
     case = make_case((300, 20, 129, 150), 2, 2, 16, 8)
     buffers = scored(case, written_labels(case, torch.bfloat16), "mean", 2, 3)
     budgets = [40, 40, 30, 30]
@@ -121,8 +135,8 @@ def test_selections_are_counted_by_slot() -> None:
     check_selection(case, buffers, indices, budgets, (2, 3))
 
 
-def test_selections_of_a_row_that_is_ranked_whole_are_counted() -> None:
-    """As where the guess is too high: the sample sees only high scores."""
+def test_select_tokens_counts_the_selections_of_a_row_that_is_ranked_whole() -> None:
+    """The sample sees only high scores, so the threshold estimate is too high."""
     from fasa_sglang.ops.token_importance import ScoreBuffers
 
     seq_len, budget = 16384, 9000
