@@ -26,7 +26,7 @@ from fasa_sglang.workloads.eval.report import report_comparison, report_pool, re
 from fasa_sglang.workloads.eval.results import Results, folder_name
 from fasa_sglang.workloads.eval.server_identity import of_running_server, of_started_server
 from fasa_sglang.workloads.eval.settings import json_object, needs_choosing, parse_settings
-from fasa_sglang.workloads.eval.task import Options, Task, TaskOption
+from fasa_sglang.workloads.eval.task import HARNESSES, Options, Task, TaskOption
 from fasa_sglang.workloads.eval.tasks import find_task, task_classes, task_names
 from fasa_sglang.workloads.models.packaged import MODEL_HELP, find_model
 from fasa_sglang.workloads.models.shapes import load_tokenizer
@@ -41,12 +41,13 @@ SERVER_OPTIONS = ("settings", "calibration", "flags")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments, those of the tasks included."""
+    harnesses = " or ".join(harness.harness for harness in HARNESSES)
     parser.add_argument(
         "tasks",
         nargs="+",
         metavar="TASK",
-        help=f"{', '.join(task_names())}, or a task of sgl-eval or lm-eval; or: compare FOLDER "
-        "FOLDER; or: pool FOLDER...",
+        help=f"{', '.join(task_names())}, or a task of {harnesses}; or: compare FOLDER FOLDER; "
+        "or: pool FOLDER...",
     )
     parser.add_argument("--model", default="smollm2", help=MODEL_HELP)
     parser.add_argument("--selectors", default="fasa", help=f"of {','.join(SELECTORS)}")

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fasa_sglang.cli import main, own_command
+from fasa_sglang.cli import main
+from fasa_sglang.own_command import own_command
 from fasa_sglang.workloads.bench.baseline import baseline_label, parse_baselines
 from fasa_sglang.workloads.bench.memory import label_share
 from fasa_sglang.workloads.bench.serve_timing import Row, add_speedups
