@@ -188,7 +188,8 @@ class PlannerCase:
         # The output is exact for the tokens that were selected ...
         attended = torch.cat([everything[..., :prefix], prefix + own[None]], dim=-1)
         assert relative_error(out, self._attend(q, live, attended)) < 0.01, b
-        # ... and close to that of the reference, which is far from dense where few are selected.
+        # ... and that of the reference where both selected the same; a token that swapped may carry
+        # any weight. The reference is far from dense where few are selected.
         expected = self._attend(
             q, live, torch.cat([everything[..., :prefix], prefix + best], dim=-1)
         )
@@ -209,7 +210,8 @@ class PlannerCase:
             torch.testing.assert_close(decoded, expected)
             if num_selected < len(free) // 4:
                 assert relative_error(dense, expected) > 0.5, b
-        assert relative_error(out, expected) < 0.25, (b, relative_error(out, expected))
+        if min(common) == num_selected:
+            assert relative_error(out, expected) < 0.01, (b, relative_error(out, expected))
 
     def _attend(self, q: torch.Tensor, live: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         return reference.focused_attention(
