@@ -14,7 +14,12 @@ logger = logging.getLogger(__name__)
 MIN_DEFAULT_FCS = 24
 """Smallest default of ``num_fcs``: half of the chunks of a small head rank tokens too badly."""
 
-_FIELD_TYPES = {"architecture": str, "interleaved": bool, "theta": float, "scaling": dict}
+_FIELD_TYPES: dict[str, type] = {
+    "architecture": str,
+    "interleaved": bool,
+    "theta": float,
+    "scaling": dict,
+}
 """Type of each field of ``ModelShape.flat`` that is not a positive integer."""
 
 
