@@ -107,9 +107,12 @@ class ModelShape:
         rope = RopeLayout(**values["rope"])
         shape = cls(**{**values, "rope": rope})
         for name, value in shape.flat().items():
-            expected = _FIELD_TYPES.get(name, int)
-            if type(value) is not expected or (expected is int and value < 1):
-                raise ValueError(f"{name} is {value!r:.80}, expected a {expected.__name__}")
+            if name in _FIELD_TYPES:
+                valid, expected = type(value) is _FIELD_TYPES[name], _FIELD_TYPES[name].__name__
+            else:
+                valid, expected = type(value) is int and value >= 1, "positive integer"
+            if not valid:
+                raise ValueError(f"{name} is {value!r:.80}, expected a {expected}")
         return shape
 
     def flat(self) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def load_dominant_fcs(model_config: Any) -> tuple[DominantFCs, int]:
         )
     path: str | Path = config.calibration
     if path == "auto":
-        path = cached_calibration(model_config.model_path)
+        path = cached_calibration(model_config.model_path, model_config.revision)
         if not path.exists():
             raise ConfigError(
                 f"{model_config.model_path} has no calibration at {path}; run once: fasa serve "

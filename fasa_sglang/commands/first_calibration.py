@@ -69,7 +69,9 @@ def _calibrate(flags: ServerFlags, config: FasaConfig, out: Path, console: Conso
         try:
             code = process.wait()
         finally:
-            # Without effect on a process that has ended.
+            # Both return at once for a process that has ended. Popen itself does not wait long
+            # after Ctrl-C.
             process.terminate()
+            process.wait()
     if code:
         raise FasaError(f"{flags.model_path} could not be calibrated; the lines above say why")

@@ -13,6 +13,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, NoReturn
 
 from fasa_sglang.config import OVERRIDES_FLAG, json_object
@@ -121,9 +123,13 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = _Parser(prog="sglang")
     ServerArgs.add_cli_args(parser)
     if "--config" in argv:
-        from sglang.srt.utils.server_args_config_parser import ConfigArgumentMerger
-
-        argv = ConfigArgumentMerger(parser).merge_config_with_args(argv)
+        in_utils = find_spec(
+            "sglang.srt.utils.server_args_config_parser"
+        )  # SGLang 0.5.20 and later
+        merger = import_module(
+            in_utils.name if in_utils else "sglang.srt.server_args_config_parser"
+        ).ConfigArgumentMerger
+        argv = merger(parser).merge_config_with_args(argv)
     namespace, rest = parser.parse_known_args(argv)
     unknown = [argument for argument in rest if argument.startswith("-")]
     if unknown:
