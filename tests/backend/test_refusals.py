@@ -12,7 +12,8 @@ from fasa_sglang.backend.refusals import ENVIRONMENT, FLAGS, ONLY_IN_SOME_RELEAS
 from fasa_sglang.errors import UnsupportedHostError
 from fasa_sglang.ops.label_format import LABEL_FORMATS
 
-# A value that FASA does not work with, for flags and variables that are not switches.
+# A value that FASA does not work with, for flags that are not switches. SGLang resolves no flags of
+# the model path "dummy", so all of them reach the check as they are.
 UNSUPPORTED = {
     "speculative_algorithm": "EAGLE",
     "dllm_algorithm": "LowConfidence",
@@ -45,14 +46,14 @@ def test_require_flags_unsupported_value_is_refused_with_the_reason(name: str) -
         pytest.skip(f"this release has no {name}")
     supported, reason = FLAGS[name]
     value: Any = UNSUPPORTED.get(name, not supported)
-    args = ServerArgs(model_path="unused", **{name: value})
+    args = ServerArgs(model_path="dummy", **{name: value})
     with pytest.raises(UnsupportedHostError) as refused:
         refusals.require_flags(args)
     assert str(refused.value).startswith(f"FASA does not work with {name}={value!r} ({reason});")
 
 
 def test_require_flags_default_flags_pass() -> None:
-    refusals.require_flags(ServerArgs(model_path="unused"))
+    refusals.require_flags(ServerArgs(model_path="dummy"))
 
 
 @pytest.mark.parametrize("name", ENVIRONMENT)
@@ -73,7 +74,7 @@ def test_require_flags_name_that_no_release_knows_is_refused(
     """A flag that SGLang renames must not switch its refusal off."""
     monkeypatch.setitem(FLAGS, "enable_renamed_cache", (False, "it is gone"))
     with pytest.raises(UnsupportedHostError, match="does not know enable_renamed_cache"):
-        refusals.require_flags(ServerArgs(model_path="unused"))
+        refusals.require_flags(ServerArgs(model_path="dummy"))
     monkeypatch.delitem(FLAGS, "enable_renamed_cache")
     monkeypatch.setitem(ENVIRONMENT, "SGLANG_RENAMED", (False, "it is gone"))
     with pytest.raises(UnsupportedHostError, match="does not know SGLANG_RENAMED"):
