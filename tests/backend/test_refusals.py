@@ -11,6 +11,7 @@ from fasa_sglang.backend import refusals
 from fasa_sglang.backend.refusals import ENVIRONMENT, FLAGS, ONLY_IN_SOME_RELEASES
 from fasa_sglang.errors import UnsupportedHostError
 from fasa_sglang.ops.label_format import LABEL_FORMATS
+from forked_servers import known
 
 # A value that FASA does not work with, for flags that are not switches. SGLang resolves no flags of
 # the model path "dummy", so all of them reach the check as they are.
@@ -24,13 +25,6 @@ UNSUPPORTED = {
     "attn_cp_size": 2,
     "tokenizer_worker_num": 2,
 }
-
-
-def known(name: str) -> bool:
-    """Whether the installed SGLang has a flag or an environment variable of this name."""
-    from sglang.srt.environ import Envs
-
-    return name in ServerArgs.__annotations__ or hasattr(Envs, name)
 
 
 @pytest.mark.parametrize("name", [*FLAGS, *ENVIRONMENT])
