@@ -31,6 +31,14 @@ PROMPT = list(range(100, 200))
 PARAMETERS = {"temperature": 0, "max_new_tokens": 4}
 
 
+def known(name: str) -> bool:
+    """Whether the installed SGLang has a flag or an environment variable of this name."""
+    from sglang.srt.environ import Envs
+    from sglang.srt.server_args import ServerArgs
+
+    return name in ServerArgs.__annotations__ or hasattr(Envs, name)
+
+
 @dataclass
 class Outcome:
     """What happened to one server.

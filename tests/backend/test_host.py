@@ -28,7 +28,7 @@ from fasa_sglang.backend.served import uses_fasa
 def test_attention_backends_split_flags_fall_back_to_the_common_one(
     flags: dict[str, str], pair: tuple[str | None, str | None]
 ) -> None:
-    args = ServerArgs(model_path="unused", **flags)
+    args = ServerArgs(model_path="dummy", **flags)
     assert attention_backends(args) == pair
     assert uses_fasa(args) == (pair == ("fasa", "fasa"))
 
@@ -38,7 +38,7 @@ def test_attention_backends_backend_that_sglang_replaces_is_not_fasa() -> None:
     overrides = pytest.importorskip("sglang.srt.arg_groups.overrides")
     if not hasattr(overrides, "declare_resolution"):
         pytest.skip("this release writes its decisions into ServerArgs")
-    args = ServerArgs(model_path="unused", attention_backend="fasa")
+    args = ServerArgs(model_path="dummy", attention_backend="fasa")
     overrides.declare_resolution(args, "a model's override", attention_backend="flashinfer")
     assert args.attention_backend == "fasa"
     assert attention_backends(args) == ("flashinfer", "flashinfer")

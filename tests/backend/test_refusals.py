@@ -11,8 +11,10 @@ from fasa_sglang.backend import refusals
 from fasa_sglang.backend.refusals import ENVIRONMENT, FLAGS, ONLY_IN_SOME_RELEASES
 from fasa_sglang.errors import UnsupportedHostError
 from fasa_sglang.ops.label_format import LABEL_FORMATS
+from forked_servers import known
 
-# A value that FASA does not work with, for flags and variables that are not switches.
+# A value that FASA does not work with, for flags that are not switches. SGLang resolves no flags of
+# the model path "dummy", so all of them reach the check as they are.
 UNSUPPORTED = {
     "speculative_algorithm": "EAGLE",
     "dllm_algorithm": "LowConfidence",
@@ -23,13 +25,6 @@ UNSUPPORTED = {
     "attn_cp_size": 2,
     "tokenizer_worker_num": 2,
 }
-
-
-def known(name: str) -> bool:
-    """Whether the installed SGLang has a flag or an environment variable of this name."""
-    from sglang.srt.environ import Envs
-
-    return name in ServerArgs.__annotations__ or hasattr(Envs, name)
 
 
 @pytest.mark.parametrize("name", [*FLAGS, *ENVIRONMENT])
@@ -45,14 +40,14 @@ def test_require_flags_unsupported_value_is_refused_with_the_reason(name: str) -
         pytest.skip(f"this release has no {name}")
     supported, reason = FLAGS[name]
     value: Any = UNSUPPORTED.get(name, not supported)
-    args = ServerArgs(model_path="unused", **{name: value})
+    args = ServerArgs(model_path="dummy", **{name: value})
     with pytest.raises(UnsupportedHostError) as refused:
         refusals.require_flags(args)
     assert str(refused.value).startswith(f"FASA does not work with {name}={value!r} ({reason});")
 
 
 def test_require_flags_default_flags_pass() -> None:
-    refusals.require_flags(ServerArgs(model_path="unused"))
+    refusals.require_flags(ServerArgs(model_path="dummy"))
 
 
 @pytest.mark.parametrize("name", ENVIRONMENT)
@@ -73,7 +68,7 @@ def test_require_flags_name_that_no_release_knows_is_refused(
     """A flag that SGLang renames must not switch its refusal off."""
     monkeypatch.setitem(FLAGS, "enable_renamed_cache", (False, "it is gone"))
     with pytest.raises(UnsupportedHostError, match="does not know enable_renamed_cache"):
-        refusals.require_flags(ServerArgs(model_path="unused"))
+        refusals.require_flags(ServerArgs(model_path="dummy"))
     monkeypatch.delitem(FLAGS, "enable_renamed_cache")
     monkeypatch.setitem(ENVIRONMENT, "SGLANG_RENAMED", (False, "it is gone"))
     with pytest.raises(UnsupportedHostError, match="does not know SGLANG_RENAMED"):

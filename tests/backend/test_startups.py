@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from fasa_sglang.backend.refusals import ENVIRONMENT, FLAGS
-from forked_servers import Outcome
+from forked_servers import Outcome, known
 from serving import server_command, server_environment
 
 SERVES = "a request with fasa is decoded sparsely"
@@ -86,12 +86,13 @@ def backend_startup(base: str | None, prefill: str | None, decode: str | None) -
 
 STARTUPS: dict[str, Startup] = {
     "defaults": Startup(SERVES),
-    **{f"flag {name}": flag_startup(name) for name in FLAGS},
+    **{f"flag {name}": flag_startup(name) for name in FLAGS if known(name)},
     **{
         f"environment {name}": Startup(
             f"FASA does not work with {name}=True in the environment", environment={name: "1"}
         )
         for name in ENVIRONMENT
+        if known(name)
     },
     **{
         f"backends {base} {prefill} {decode}": backend_startup(base, prefill, decode)
