@@ -130,7 +130,7 @@ def count_selections(case: Case, buffers, budgets: list[int], counted: list[int]
 def test_select_tokens_counts_the_selections_of_counting_lanes_by_slot() -> None:
     """Sparse lanes, a short one, and one that does not count."""
     case = make_case((300, 20, 129, 150), 2, 2, 16, 8)
-    buffers = scored(case, make_labels(case, LABEL_FORMATS["bf16"]), "mean", 2, 3)
+    buffers = scored(case, written_labels(case, LABEL_FORMATS["bf16"]), "mean", 2, 3)
     budgets = [40, 40, 30, 30]
     indices = count_selections(case, buffers, budgets, [1, 1, 0, 1], (2, 3))
     check_selection(case, buffers, indices, budgets, (2, 3))
