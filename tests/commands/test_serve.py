@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -16,9 +17,13 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from rich.console import Console
 
 from fasa_sglang.calibration_cache import cached_calibration, model_fingerprint
-from fasa_sglang.errors import CalibrationError
+from fasa_sglang.commands.first_calibration import find_or_calibrate
+from fasa_sglang.commands.server_flags import FIELDS, ServerFlags
+from fasa_sglang.config import FasaConfig
+from fasa_sglang.errors import CalibrationError, FasaError
 from serving import free_port
 
 FASA = shutil.which("fasa", path=Path(sys.executable).parent)
@@ -171,66 +176,84 @@ def test_serve_phi3_with_a_short_context_serves_sparse_requests(
     assert "calibration: ranking, layer 1 of 2" in in_calibration
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_serve_ended_during_calibration_ends_it_and_leaves_no_files(
-    tiny_path: Path, tmp_path: Path
+    tiny_path: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    """By SIGTERM, which only the command gets, and by SIGINT; a dead process's part file goes."""
+    """Only the command gets the signal. The part file of a process that died earlier goes too."""
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
+    calibrations = tmp_path / "fasa-sglang" / "calibrations"
+    calibrations.mkdir(parents=True)
+    (calibrations / f".old.fasa.part-{os.uname().nodename}-{ended.pid}").touch()
+    process, log = start(tmp_path, str(tiny_path), *PLAIN)
+    wait_for_text(process, log, "calibration: ranking, layer 1 of 2")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert children
+    os.kill(process.pid, number)
+    assert process.wait(30) == 128 + number
+    for child in children:
+        assert not Path(f"/proc/{child}").exists()
+    assert not list(calibrations.iterdir())
+    assert "Traceback" not in log.read_text()
+
+
+def test_serve_of_what_cannot_be_served_is_refused_before_calibrating(tmp_path: Path) -> None:
+    """The model does not exist, and no message mentions it."""
+    cases = {
+        ("--settings", '{"bugdet": 1}'): "unknown setting 'bugdet' in --settings",
+        ("--max-total-tokenz", "3"): "unrecognized arguments: --max-total-tokenz",
+    }
     runs = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        cache = tmp_path / number.name
-        calibrations = cache / "fasa-sglang" / "calibrations"
-        calibrations.mkdir(parents=True)
-        (calibrations / f".old.fasa.part-{os.uname().nodename}-{ended.pid}").touch()
-        runs.append((number, calibrations, *start(cache, str(tiny_path), *PLAIN)))
-    for number, calibrations, process, log in runs:
-        wait_for_text(process, log, "calibration: ranking, layer 1 of 2")
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        assert children
-        os.kill(process.pid, number)
-        assert process.wait(30) == 128 + number
-        for child in children:
-            assert not Path(f"/proc/{child}").exists()
-        assert not list(calibrations.iterdir())
+    for flags, message in cases.items():
+        folder = tmp_path / flags[0]
+        folder.mkdir()
+        runs.append((message, *start(folder, "/no/such/model", *flags)))
+    for message, process, log in runs:
+        assert process.wait(180) == 1
+        assert log.read_text().splitlines()[-1].startswith("fasa serve: ")
+        assert message in log.read_text()
         assert "Traceback" not in log.read_text()
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--settings", '{"bugdet": 1}'], "unknown setting 'bugdet' in --settings"),
-        (["--calibration", "/no/such/file"], "cannot read the calibration file /no/such/file"),
-        (["--max-total-tokenz", "3"], "unrecognized arguments: --max-total-tokenz"),
-    ],
-    ids=lambda value: value[0] if isinstance(value, list) else None,
-)
-def test_serve_of_what_cannot_be_served_is_refused_before_calibrating(
-    tmp_path: Path, flags: list[str], message: str
-) -> None:
-    """The model does not exist, and no message mentions it."""
-    process, log = start(tmp_path, "/no/such/model", *flags)
-    assert process.wait(180) == 1
-    assert log.read_text().splitlines()[-1].startswith("fasa serve: ")
-    assert message in log.read_text()
-    assert "Traceback" not in log.read_text()
+def find(model: str, calibration: str | None = None) -> str:
+    """Find the calibration of a model, and return the path."""
+    fields = dict.fromkeys(["argv", *FIELDS])
+    flags = ServerFlags(**{**fields, "model_path": model, "dtype": "auto"})
+    console = Console(file=io.StringIO())
+    return str(find_or_calibrate(flags, FasaConfig(calibration=calibration), console)[0])
 
 
 @pytest.mark.parametrize("home", ["/proc/nope", "/dev/null"])
-def test_serve_without_a_writable_cache_is_refused(
-    tiny_path: Path, tmp_path: Path, home: str
+def test_find_or_calibrate_without_a_writable_cache_is_refused(
+    tiny_path: Path, monkeypatch: pytest.MonkeyPatch, home: str
 ) -> None:
-    process, log = start(tmp_path, str(tiny_path), XDG_CACHE_HOME=home)
-    assert process.wait(180) == 1
-    assert f"cannot create the cache folder {home}/fasa-sglang/calibrations" in log.read_text()
-    assert "set XDG_CACHE_HOME to a writable folder" in log.read_text()
-    assert "Traceback" not in log.read_text()
+    monkeypatch.setenv("XDG_CACHE_HOME", home)
+    message = rf"cannot create the cache folder {home}/fasa-sglang/calibrations .*XDG_CACHE_HOME"
+    with pytest.raises(FasaError, match=message):
+        find(str(tiny_path))
 
 
-def test_serve_of_a_missing_model_is_refused(tmp_path: Path) -> None:
-    process, log = start(tmp_path, "no-such-user/no-such-model", HF_HUB_OFFLINE="1")
-    assert process.wait(180) == 1
-    assert "cannot load the model no-such-user/no-such-model" in log.read_text()
+def test_find_or_calibrate_with_an_invalid_cached_file_names_the_way_out(
+    tiny_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = cached_calibration(str(tiny_path))
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"broken")
+    with pytest.raises(CalibrationError, match=f"or delete {path} and start again"):
+        find(str(tiny_path))
+
+
+def test_find_or_calibrate_with_a_missing_file_is_refused(tiny_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="cannot read the calibration file /no/such/file"):
+        find(str(tiny_path), "/no/such/file")
+
+
+def test_find_or_calibrate_of_a_missing_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(CalibrationError, match="cannot load the model no-such-user/no-such-model"):
+        find("no-such-user/no-such-model")
 
 
 def test_fingerprint_of_a_fine_tune_differs_from_its_base(tmp_path: Path) -> None:
