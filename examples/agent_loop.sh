@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Sixteen agents over one long system prompt, dense and then with FASA, on a server that runs:
+# Sixteen agents share one long system prompt; they run without and then with FASA on a server that
+# is already running:
 #   fasa serve MODEL --enable-cache-report &
 #   bash examples/agent_loop.sh http://127.0.0.1:30000
 # Further arguments go to fasa bench agent.

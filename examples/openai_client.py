@@ -1,4 +1,4 @@
-"""An OpenAI client that streams an answer read with FASA, and what that saved.
+"""Stream an answer through the OpenAI client with FASA, then print what FASA saved.
 
 fasa serve MODEL &
 python examples/openai_client.py --base-url http://127.0.0.1:30000 README.md "What is this?"
@@ -21,7 +21,7 @@ stream = client.chat.completions.create(
     max_tokens=64,
     temperature=0,
     stream=True,
-    # The report comes with the usage, in the last chunk.
+    # The last chunk carries the usage, and with it FASA's report.
     stream_options={"include_usage": True},
     extra_body={"fasa": {"budget": 1024, "prefix": "select"}},
 )

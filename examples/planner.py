@@ -15,6 +15,7 @@ from fasa_sglang.ops.layer_labels import LayerLabels
 HQ, HKV, D, NUM_FCS, LENS = 32, 8, 128, 32, [4000, 9000]
 shape = {"num_qo_heads": HQ, "num_kv_heads": HKV, "head_dim": D, "dtype": torch.bfloat16}
 torch.set_default_device("cuda")
+torch.manual_seed(0)
 
 # A paged KV cache with pages of one token. Request 0 owns slots 1 to 4000, request 1 the next.
 kv_cache = tuple(torch.randn(1 + sum(LENS), HKV, D, dtype=torch.bfloat16) for _ in range(2))
@@ -32,18 +33,26 @@ workspace = torch.empty(128 * 2**20, dtype=torch.uint8)
 planner = SparseIndexPlanner(
     workspace, batch_size=2, paged_kv_indices_buffer=slots, buffers=buffers, **shape
 )
-planner.plan([Lane(budget=512), Lane(budget=256)], LENS)  # once per decode step
+lanes = [Lane(budget=512), Lane(budget=256)]
+planner.plan(lanes, LENS)  # once per decode step
 q = torch.randn(2, HQ, D, dtype=torch.bfloat16)
 out = planner.run(q, kv_cache, labels, sm_scale=D**-0.5)  # once per layer
 
-# The same tokens in float32: positions of a request are its indices less where its slots begin.
-for b, (begin, budget) in enumerate([(1, 512), (1 + LENS[0], 256)]):
-    indices = planner.indices[b * HKV : (b + 1) * HKV, :budget].long()
-    positions = (indices // HKV - begin)[None]
-    row = slots[begin - 1 : begin - 1 + LENS[b]][None]
-    expected = reference.focused_attention(
-        q[b : b + 1], *kv_cache, row, positions, sm_scale=D**-0.5
+# The same step in float32. The planner rounds scores to float16, so it may choose differently
+# between tokens at the edge of the budget.
+for b, (lane, own_slots) in enumerate(zip(lanes, slots.split(LENS), strict=True)):
+    expected = reference.fasa_decode(
+        q[b : b + 1],
+        *kv_cache,
+        labels,
+        own_slots[None],
+        torch.tensor([LENS[b]]),
+        budget=lane.budget,
+        sink=lane.sink,
+        recent=lane.recent,
+        sm_scale=D**-0.5,
+        combine="nrm",
     )
     error = float((out[b] - expected[0]).norm() / expected.norm())
-    print(f"request {b}: {budget} of {LENS[b]} tokens, relative error {error:.1e}")
-    assert error < 0.01
+    print(f"request {b}: {lane.budget} of {LENS[b]} tokens, relative error {error:.3f}")
+    assert error < 0.1

@@ -1,4 +1,4 @@
-"""An SGLang program: one call sparse, the next dense, over one long prompt.
+"""An SGLang program over one long prompt whose first call is sparse and whose second is dense.
 
 fasa serve MODEL &
 python examples/program.py --base-url http://127.0.0.1:30000 README.md
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import sglang as sgl
 
-import fasa_sglang  # noqa: F401 - lets sgl.gen take fasa=
+import fasa_sglang  # noqa: F401 - teaches sgl.gen the fasa= parameter
 
 
 @sgl.function

@@ -14,7 +14,12 @@ logger = logging.getLogger(__name__)
 MIN_DEFAULT_FCS = 24
 """Smallest default of ``num_fcs``: half of the chunks of a small head rank tokens too badly."""
 
-_FIELD_TYPES = {"architecture": str, "interleaved": bool, "theta": float, "scaling": dict}
+_FIELD_TYPES: dict[str, Any] = {
+    "architecture": str,
+    "interleaved": bool,
+    "theta": float,
+    "scaling": dict,
+}
 """Type of each field of ``ModelShape.flat`` that is not a positive integer."""
 
 
@@ -102,9 +107,12 @@ class ModelShape:
         rope = RopeLayout(**values["rope"])
         shape = cls(**{**values, "rope": rope})
         for name, value in shape.flat().items():
-            expected = _FIELD_TYPES.get(name, int)
-            if type(value) is not expected or (expected is int and value < 1):
-                raise ValueError(f"{name} is {value!r:.80}, expected a {expected.__name__}")
+            if name in _FIELD_TYPES:
+                valid, expected = type(value) is _FIELD_TYPES[name], _FIELD_TYPES[name].__name__
+            else:
+                valid, expected = type(value) is int and value >= 1, "positive integer"
+            if not valid:
+                raise ValueError(f"{name} is {value!r:.80}, expected a {expected}")
         return shape
 
     def flat(self) -> dict[str, Any]:

@@ -165,7 +165,8 @@ class SparseIndexPlanner:
         prefix_out = self._buffers.out[: len(q)]
         self._selected.run(q, *kv_cache, out, sm_scale, lse)
         self._prefix.run(q, *kv_cache, prefix_out, sm_scale, prefix_lse)
-        # The two passes read disjoint tokens; a pass over no token has a log-sum-exp of -inf.
+        # The two passes read disjoint tokens. FlashInfer gives a pass over no token a log-sum-exp
+        # so low that its weight is 0.
         flashinfer.merge_state_in_place(out, lse, prefix_out, prefix_lse)
         return out
 

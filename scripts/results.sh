@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# What docs/results.md shows, part by part, on one GPU: bash scripts/results.sh PART...
+# Reproduces docs/results.md, part by part, on one GPU: bash scripts/results.sh PART...
 # Parts: served-8192, served-16384, ruler-8192, ruler-16384, rules, text, write-once, aime,
 # ablations, pruning.
-# Rows go below results/; a rerun goes on where an earlier one stopped.
-# Needs `pip install "fasa-sglang[serve,eval]"`.
+# Rows go below results/; a rerun continues where an earlier one stopped.
+# Needs the serve and eval extras: pip install ".[serve,eval]"
 set -euo pipefail
 MODEL=qwen-coder
 ALL=fasa,oracle,quest,streaming,random
-# Several servers share the GPU, and what is compared has no graphs.
+# Several servers share the GPU, and comparison selectors run without CUDA graphs.
 POOL="--max-total-tokens 340000"
 EAGER="--cuda-graph-backend-decode disabled --cuda-graph-backend-prefill disabled"
 
-serve() { # NAME PORT SETTINGS [FLAG...]: a server in the background, until this shell ends
+serve() { # NAME PORT SETTINGS [FLAG...]: run a server in the background until this shell ends
   local folder
-  # Without -P the checkout's own folders would hide the installed package.
+  # Without -P, the checkout's folders would hide the installed package.
   folder="$(python3 -P -c "from fasa_sglang.workloads.models.packaged import find_model; print(find_model('$MODEL'))")"
   fasa serve "$folder" --port "$2" --settings "$3" --enable-custom-logit-processor \
     --sampling-backend pytorch --grammar-backend none --log-level error $POOL "${@:4}" \
@@ -30,11 +30,11 @@ evaluate() { # PORT FLAG...
   fasa eval --concurrency 300 "${@:2}" --model "$MODEL" --base-url "http://127.0.0.1:$1"
 }
 
-ruler() { # LENGTH DOCUMENTS PORT SETTINGS OUT CONCURRENCY FLAG...; $FLAGS are the server's
-  local port=$3 out=$5 more=(--length "$1" --limit "$2" --out "$5" --settings "$4")
+ruler() { # LENGTH DOCUMENTS PORT SETTINGS OUT CONCURRENCY FLAG...; the server also gets $FLAGS
+  local port=$3 out=$5 more=(--length "$1" --limit "$2" --out "$5")
   local tasks="niah_multikey_2 niah_single_1 ruler_fwe ruler_noise_multikey ruler_noise_multiquery
     ruler_noise_multivalue"
-  # Of these dense gets less than half.
+  # Dense decoding scores less than half on these.
   local hard="ruler_vt ruler_cwe niah_multikey_3"
   if [ "$1" = 8192 ]; then tasks="$tasks ruler_cwe niah_multikey_3" hard=ruler_vt; fi
   serve "$(basename "$out")" "$port" "$4" $FLAGS
@@ -46,17 +46,18 @@ ruler() { # LENGTH DOCUMENTS PORT SETTINGS OUT CONCURRENCY FLAG...; $FLAGS are t
 }
 
 selectors() { # LENGTH PORT
-  local POOL="--max-total-tokens $((35 * $1))" FLAGS=$EAGER # a task's documents and replies
+  # Enough for the documents and replies of one task.
+  local POOL="--max-total-tokens $((35 * $1))" FLAGS=$EAGER
   ruler "$1" 25 "$2" '{"min_seq_len": 0, "max_budget": 4096, "selector": "any"}' \
     "results/ruler-$1" 300 --selectors $ALL --budgets 512,2048
 }
 
-served() { # LENGTH PORT: the defaults as they are served, and four times the documents
+served() { # LENGTH PORT: the served defaults, with four times the documents
   local POOL="--max-total-tokens $((35 * $1))" FLAGS="--max-running-requests 96"
   ruler "$1" 100 "$2" "{}" "results/served-$1" 96 --budgets 512,2048
 }
 
-rules() { # CALIBRATIONS: what settings are worth, on answers instead of KL
+rules() { # CALIBRATIONS: the effect of settings on answers instead of KL
   rule half 31020 '"num_fcs": 16' &
   rule mean 31021 '"num_fcs": 16, "combine": "mean"' &
   rule three-eighths 31022 '"num_fcs": 12' &
@@ -64,13 +65,13 @@ rules() { # CALIBRATIONS: what settings are worth, on answers instead of KL
   wait_for_all
 }
 
-rule() { # NAME PORT SETTINGS, without their braces
+rule() { # NAME PORT SETTINGS; SETTINGS without its braces
   local FLAGS=$EAGER
   ruler 16384 25 "$2" "{\"min_seq_len\": 0, $3}" "results/ruler-16384-$1" 48 --budgets 512,2048
 }
 
 text() {
-  # All segments at once: a retracted request would be prefilled again, densely.
+  # All segments fit together: a retracted request would be prefilled again, densely.
   local POOL="--max-total-tokens 700000"
   serve text 31002 '{"min_seq_len": 0, "max_budget": 4096, "selector": "any"}' $EAGER
   evaluate 31002 perplexity --length 8192 --max-tokens 128 --limit 64 --selectors $ALL \
@@ -94,8 +95,8 @@ ablate() { # NAME CHUNKS SETTINGS [FLAG...]; SETTINGS without its braces
     "${@:4}" --flags "--max-total-tokens 200000 $EAGER"
 }
 
-ablations() { # CALIBRATIONS: a folder of files of `fasa calibrate` with the flags of their names
-  # Most by half of the chunks, as larger heads are read by default.
+ablations() { # CALIBRATIONS: a folder with one calibration for each ranker, length and text below
+  # Most use half of the chunks, the default of larger heads.
   ablate half 16 '' &
   ablate three-quarters 24 '' &
   ablate three-eighths 12 '' &
@@ -119,7 +120,7 @@ ablations() { # CALIBRATIONS: a folder of files of `fasa calibrate` with the fla
 
 pruning() {
   local rule task port=31010
-  # Code comes back to its names.
+  # Names recur in source code.
   python3 -P -c 'import importlib, inspect, sys
 for name in sys.argv[1:]: sys.stdout.write(inspect.getsource(importlib.import_module(name)))' \
     argparse typing doctest tarfile subprocess inspect pydoc zipfile > results/stdlib.txt
@@ -139,10 +140,10 @@ prune() { # RULE PORT
   local settings="{\"min_seq_len\": 0, \"prune_rule\": \"$1\", \"prune_interval\": 32,
     \"prune_recent\": 64, \"prune_grace\": 32}"
   local request='{"recent": 8, "prune": "generated", "prune_budget": 256}'
-  local more=(--budgets 128 --settings "$settings" --request "$request" --out "results/pruning-$1")
+  local more=(--budgets 128 --request "$request" --out "results/pruning-$1")
   serve "pruning-$1" "$2" "$settings" --max-running-requests 128
-  # Sampled, as greedy continuations go in circles. Of a budget of 128 the usual 32 of the last
-  # tokens would leave little to choose.
+  # Sampled, because greedy continuations repeat themselves. The default of 32 recent tokens would
+  # leave little of a budget of 128 to select.
   evaluate "$2" agreement --length 128 --max-tokens 1024 --limit 128 --temperature 1 \
     --ignore-eos "${more[@]}"
   evaluate "$2" perplexity --length 2048 --max-tokens 1024 --limit 48 "${more[@]}"
@@ -157,7 +158,7 @@ wait_for_all() {
 
 mkdir -p results
 for part in "$@"; do
-  # In a shell of its own, whose end is that of its servers.
+  # In a subshell: its servers stop when it ends.
   case $part in
     served-8192) (served 8192 31003) ;;
     served-16384) (served 16384 31004) ;;
@@ -170,7 +171,7 @@ for part in "$@"; do
     ablations) (ablations "${CALIBRATIONS:-.}") ;;
     pruning) (pruning) ;;
     *)
-      echo "results.sh: no part $part" >&2
+      echo "results.sh: unknown part $part; the parts are listed at the top of the script" >&2
       exit 1
       ;;
   esac

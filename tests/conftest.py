@@ -1,18 +1,18 @@
-"""Fixtures shared by all tests: models, a calibration, and how much of a slow test to run."""
+"""Fixtures shared by all tests: models, calibrations, a server, and the size of slow tests."""
 
 from __future__ import annotations
 
-import subprocess
-import time
+import fcntl
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
 
-from serving import free_port, server_command, server_environment
+from serving import running_server, server_command
+
+BuildOnce = Callable[[str, Callable[[Path], None]], Path]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,8 +29,34 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def draw(request: pytest.FixtureRequest) -> Callable[[Any, Any], Any]:
-    """``draw(small, full)``: how much of a slow test to run."""
+    """``draw(small, full)`` returns ``full`` with ``--all`` and ``small`` without."""
     return lambda small, full: full if request.config.getoption("--all") else small
+
+
+@pytest.fixture(scope="session")
+def build_once(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> BuildOnce:
+    """``build_once(name, build)`` returns the path of something slow to make.
+
+    ``build(path)`` writes a file or a folder. It runs once per test run: the workers of
+    pytest-xdist share the result, and those that come second wait.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"):
+        # The workers' own folders lie in one that belongs to this run.
+        folder = folder.parent
+
+    def build_or_wait(name: str, build: Callable[[Path], None]) -> Path:
+        path, partial = folder / name, folder / f"partial-{name}"
+        with (folder / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                build(partial)
+                partial.rename(path)
+        return path
+
+    return build_or_wait
 
 
 @pytest.fixture(scope="session")
@@ -41,35 +67,41 @@ def smollm2_path() -> Path:
 
 
 @pytest.fixture(scope="session")
-def smollm2_dominant(smollm2_path: Path) -> Any:
+def smollm2_calibration(smollm2_path: Path, build_once: BuildOnce) -> str:
     """SmolLM2 calibrated as ``fasa calibrate`` does it by default."""
+    from fasa_sglang.calibration.settings import CalibrationSettings
+
+    def build(path: Path) -> None:
+        calibrated(smollm2_path, CalibrationSettings()).save(path)
+
+    return str(build_once("smollm2.safetensors", build))
+
+
+@pytest.fixture(scope="session")
+def smollm2_dominant(smollm2_calibration: str) -> Any:
+    """The contents of ``smollm2_calibration``."""
+    from fasa_sglang.dominant_fcs import DominantFCs
+
+    return DominantFCs.load(smollm2_calibration)
+
+
+def calibrated(model_path: Path, settings: Any) -> Any:
     from fasa_sglang.calibration import corpus
     from fasa_sglang.calibration.calibrate import calibrate
     from fasa_sglang.calibration.model import load_model
-    from fasa_sglang.calibration.settings import CalibrationSettings
 
-    model, tokenizer = load_model(str(smollm2_path), "cpu")
-    return calibrate(
-        model, tokenizer, corpus.default_text(), corpus.held_out_text(), CalibrationSettings()
-    )
+    model, tokenizer = load_model(str(model_path), "cpu")
+    return calibrate(model, tokenizer, corpus.default_text(), corpus.held_out_text(), settings)
 
 
 @pytest.fixture(scope="session")
-def smollm2_calibration(smollm2_dominant: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("calibration") / "smollm2.safetensors"
-    smollm2_dominant.save(path)
-    return str(path)
-
-
-@pytest.fixture(scope="session")
-def tiny_path(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_path(smollm2_path: Path, build_once: BuildOnce) -> Path:
     """Two random layers with SmolLM2's tokenizer: for bookkeeping, not for quality.
 
     Large weights make attention peaked, so that reading the wrong tokens changes the output.
     """
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    path = tmp_path_factory.mktemp("tiny")
     config = LlamaConfig(
         vocab_size=49152,
         hidden_size=192,
@@ -83,18 +115,32 @@ def tiny_path(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         bos_token_id=1,
         eos_token_id=2,
     )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(path)
-    AutoTokenizer.from_pretrained(smollm2_path).save_pretrained(path)
-    return path
+
+    def build(path: Path) -> None:
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(path)
+        AutoTokenizer.from_pretrained(smollm2_path).save_pretrained(path)
+
+    return build_once("tiny", build)
 
 
 @pytest.fixture(scope="session")
-def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_calibration(tiny_path: Path, build_once: BuildOnce) -> str:
+    from fasa_sglang.calibration.settings import CalibrationSettings
+
+    settings = CalibrationSettings(num_fcs=8, tokens=512, top_k=32, num_queries=8)
+
+    def build(path: Path) -> None:
+        calibrated(tiny_path, settings).save(path)
+
+    return str(build_once("tiny.safetensors", build))
+
+
+@pytest.fixture(scope="session")
+def random_model(build_once: BuildOnce) -> Path:
     """Four random layers without a tokenizer, in a size that FlashInfer has kernels for."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    path = tmp_path_factory.mktemp("random")
     config = LlamaConfig(
         vocab_size=8192,
         hidden_size=256,
@@ -106,14 +152,18 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_position_embeddings=16384,
         initializer_range=0.1,
     )
-    torch.manual_seed(0)
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    LlamaForCausalLM(config).to(dtype).save_pretrained(path)
-    return path
+
+    def build(path: Path) -> None:
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).to(dtype).save_pretrained(path)
+
+    return build_once("random", build)
 
 
 @pytest.fixture(scope="session")
 def random_calibration(random_model: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A calibration of ``random_model``: with random weights all chunks are equally good."""
     from fasa_sglang.dominant_fcs import ModelShape
     from fasa_sglang.workloads.models.shapes import any_chunks, load_config
 
@@ -123,59 +173,21 @@ def random_calibration(random_model: Path, tmp_path_factory: pytest.TempPathFact
     return str(path)
 
 
-@pytest.fixture(scope="session")
-def tiny_calibration(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    from fasa_sglang.calibration import corpus
-    from fasa_sglang.calibration.calibrate import calibrate
-    from fasa_sglang.calibration.model import load_model
-    from fasa_sglang.calibration.settings import CalibrationSettings
-
-    model, tokenizer = load_model(str(tiny_path), "cpu")
-    settings = CalibrationSettings(num_fcs=8, tokens=512, top_k=32, num_queries=8)
-    dominant = calibrate(model, tokenizer, corpus.default_text(), corpus.held_out_text(), settings)
-    path = tmp_path_factory.mktemp("calibration") / "tiny.safetensors"
-    dominant.save(path)
-    return str(path)
-
-
 @pytest.fixture(scope="module")
 def server(
     tiny_path: Path, tiny_calibration: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[str]:
-    """A real server over HTTP, one for every file that asks for it.
+    """A real server over HTTP, one for every file that uses it.
 
-    Not one for all files: shutting an engine down kills all children of the process.
+    It cannot be shared by all files: shutting an engine down kills all children of the process.
     """
-    port = free_port()
     settings = {
         "calibration": tiny_calibration,
         "min_seq_len": 0,
         "max_budget": 1024,
         "budget": 128,
     }
+    flags = ("--served-model-name", "tiny", "--enable-metrics")
     log = tmp_path_factory.mktemp("server") / "log"
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            server_command(tiny_path, settings, "--port", str(port), "--enable-metrics"),
-            env=server_environment(),
-            # Not the checkout, whose folders would hide the installed package.
-            cwd=log.parent,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-        )
-        url = f"http://127.0.0.1:{port}"
-        try:
-            for _ in range(240):
-                assert process.poll() is None, log.read_text()[-3000:]
-                try:
-                    if httpx.get(f"{url}/health", timeout=5).status_code == 200:
-                        break
-                except httpx.HTTPError:
-                    pass
-                time.sleep(1)
-            else:
-                pytest.fail(f"the server did not come up: {log.read_text()[-3000:]}")
-            yield url
-        finally:
-            process.terminate()
-            process.wait(60)
+    with running_server(server_command(tiny_path, settings, *flags), log) as url:
+        yield url

@@ -129,7 +129,8 @@ def written_labels(case: Case, label_format: LabelFormat) -> LayerLabels:
     owned = case.packed.long()
     expected = label_format.pack(other[owned], layers[0][0].long(), layers[1][0], layers[2][0])
     got = label_format.read(labels[0], owned)
-    torch.testing.assert_close(got.float(), expected.float(), rtol=0.13, atol=1e-2)
+    rtol = 1.04 * torch.finfo(label_format.dtype).eps
+    torch.testing.assert_close(got.float(), expected.float(), rtol=rtol, atol=1e-2)
     labels[1, 0] = 0
     return LayerLabels(labels[1], case.dims, scale, label_format)
 

@@ -44,7 +44,7 @@ def test_load_with_a_file_in_the_environment_reads_it(
         ({"recent": -1}, "recent must be an integer of at least 0, got -1"),
         ({"num_fcs": 0}, "num_fcs must be an integer of at least 1, got 0"),
         ({"num_fcs": "8"}, "num_fcs must be an integer"),
-        ({"selector": "best"}, "selector must be one of fasa, oracle, .*got 'best'"),
+        ({"selector": "best"}, "selector must be one of fasa, .*got 'best'"),
         ({"combine": "max"}, "combine must be one of nrm, mean, got 'max'"),
         ({"label_dtype": "int2"}, "label_dtype must be one of"),
         ({"default": True}, "default must be one of off, on, auto, got True"),

@@ -1,4 +1,4 @@
-"""What a request may ask for."""
+"""The FASA parameters that a request may have."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 
 from fasa_sglang.config import FasaConfig
 from fasa_sglang.errors import RequestError
-from fasa_sglang.requests import FasaRequest, parse_request
+from fasa_sglang.requests import (
+    BEAM_SEARCH,
+    OFF_BY_DEFAULT,
+    OFF_FOR_REQUEST,
+    FasaRequest,
+    dense_reason,
+    parse_request,
+)
 
 CONFIG = FasaConfig()
 
@@ -32,7 +39,7 @@ CONFIG = FasaConfig()
     ],
     ids=str,
 )
-def test_parse_request_fills_in_the_servers_settings(
+def test_parse_request_fills_in_server_settings(
     custom_params: Any, expected: FasaRequest | None
 ) -> None:
     assert parse_request(custom_params, CONFIG, prompt_len=10) == expected
@@ -64,7 +71,7 @@ def test_parse_request_fills_in_the_servers_settings(
     ],
     ids=str,
 )
-def test_bad_requests_are_refused_in_one_sentence(fasa: Any, message: str) -> None:
+def test_parse_request_refuses_bad_values_in_one_sentence(fasa: Any, message: str) -> None:
     with pytest.raises(RequestError, match=message) as caught:
         parse_request({"fasa": fasa}, CONFIG, prompt_len=10)
     assert "\n" not in str(caught.value)
@@ -74,12 +81,57 @@ def test_bad_requests_are_refused_in_one_sentence(fasa: Any, message: str) -> No
     ("default", "prompt_len", "sparse"),
     [("off", 9999, False), ("on", 1, True), ("auto", 2047, False), ("auto", 2048, True)],
 )
-def test_servers_default_decides_for_requests_that_do_not_ask(
+def test_parse_request_without_switch_follows_server_default(
     default: str, prompt_len: int, sparse: bool
 ) -> None:
     config = FasaConfig(default=default)
     assert (parse_request(None, config, prompt_len) is not None) == sparse
     assert parse_request({"fasa": False}, config, prompt_len) is None
+
+
+@pytest.mark.parametrize("fasa", [True, {}, {"budget": 512}], ids=str)
+def test_parse_request_refuses_beam_search(fasa: Any) -> None:
+    with pytest.raises(RequestError, match="does not work with beam search; leave out fasa or bea"):
+        parse_request({"fasa": fasa}, CONFIG, prompt_len=10, beam_search=True)
+
+
+@pytest.mark.parametrize("default", ["off", "on", "auto"])
+def test_parse_request_without_switch_keeps_beam_search_dense(default: str) -> None:
+    config = FasaConfig(default=default)
+    for params in (None, {"fasa": False}):
+        assert parse_request(params, config, prompt_len=9999, beam_search=True) is None
+
+
+@pytest.mark.parametrize("custom_params", [[1], "fasa", 1], ids=str)
+def test_parse_request_refuses_params_that_are_not_an_object(custom_params: Any) -> None:
+    """The scheduler gets them as they are on routes that bypass the tokenizer process."""
+    with pytest.raises(RequestError, match="custom_params must be an object, got"):
+        parse_request(custom_params, CONFIG, prompt_len=10)
+
+
+SHORT = "shorter than min_seq_len = 2048 tokens"
+
+
+@pytest.mark.parametrize(
+    ("default", "custom_params", "beam_search", "expected"),
+    [
+        ("off", {"fasa": True}, False, SHORT),
+        ("on", None, False, SHORT),
+        ("off", {"fasa": False}, False, OFF_FOR_REQUEST),
+        ("on", {"fasa": False}, True, OFF_FOR_REQUEST),
+        ("off", None, False, OFF_BY_DEFAULT),
+        ("off", {"fasa": None}, True, OFF_BY_DEFAULT),
+        ("auto", None, False, f"the request does not set fasa and its prompt is {SHORT}"),
+        ("on", None, True, BEAM_SEARCH),
+    ],
+    ids=str,
+)
+def test_dense_reason_names_what_keeps_a_step_dense(
+    default: str, custom_params: Any, beam_search: bool, expected: str
+) -> None:
+    config = FasaConfig(default=default)
+    request = parse_request(custom_params, config, 10, beam_search)
+    assert dense_reason(request, custom_params, config, beam_search) == expected
 
 
 json_values = st.recursive(
@@ -93,7 +145,7 @@ keys = st.sampled_from(["budget", "sink", "recent", "prefix", "prune", "budjet"]
 
 
 @given(fasa=json_values | st.dictionaries(keys, json_values, max_size=4))
-def test_any_json_is_parsed_or_refused(fasa: Any) -> None:
+def test_parse_request_accepts_or_refuses_any_json(fasa: Any) -> None:
     try:
         request = parse_request({"fasa": fasa}, CONFIG, prompt_len=10)
     except RequestError as error:
@@ -103,17 +155,16 @@ def test_any_json_is_parsed_or_refused(fasa: Any) -> None:
     json.dumps(fasa)
 
 
-def test_a_comparison_server_lets_requests_choose_their_selector() -> None:
+def test_parse_request_with_selector_any_takes_selector_of_request() -> None:
     server = FasaConfig(selector="any", seed=3)
     assert parse_request({"fasa": True}, server, 9) == FasaRequest(2048, 4, 32, seed=3)
-    asked = {"fasa": {"selector": "random", "seed": 5}}
-    chosen = parse_request(asked, server, 9)
+    chosen = parse_request({"fasa": {"selector": "random", "seed": 5}}, server, 9)
     assert chosen is not None and (chosen.selector, chosen.seed) == ("random", 5)
-    with pytest.raises(RequestError, match=r"fasa.selector must be one of fasa, oracle, .*'any'"):
+    with pytest.raises(RequestError, match=r"fasa.selector must be one of fasa, .*'any'"):
         parse_request({"fasa": {"selector": "any"}}, server, 9)
 
 
-def test_other_servers_have_one_selector_for_all() -> None:
+def test_parse_request_with_fixed_selector_refuses_another() -> None:
     fixed = parse_request({"fasa": True}, FasaConfig(selector="quest"), 9)
     assert fixed is not None and fixed.selector == "quest"
     with pytest.raises(RequestError, match="fasa has no key 'selector'"):

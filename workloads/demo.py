@@ -1,6 +1,6 @@
-"""``fasa demo``: a fact hidden in a long prompt, asked for with and without FASA.
+"""``fasa demo``: ask for a fact in a long prompt, with and without FASA.
 
-The real SGLang serves a real model; dense and FASA requests go to the same engine.
+A real model runs in the real SGLang; dense and FASA requests go to the same engine.
 """
 
 from __future__ import annotations
@@ -21,16 +21,19 @@ from fasa_sglang.calibration.calibrate import calibrate
 from fasa_sglang.calibration.model import load_model
 from fasa_sglang.calibration.progress import progress_bar
 from fasa_sglang.calibration.settings import CalibrationSettings
-from fasa_sglang.calibration_cache import cache_dir
+from fasa_sglang.calibration_cache import cached_calibration
 from fasa_sglang.errors import FasaError
+from fasa_sglang.workloads.device import device_name
 from fasa_sglang.workloads.models.packaged import MODEL_HELP, find_model
+from fasa_sglang.workloads.models.shapes import load_config, load_tokenizer
+from fasa_sglang.workloads.publish import published
+from fasa_sglang.workloads.serving.chat import chat_ids
 from fasa_sglang.workloads.serving.engine import flush_cache, running_engine
 from fasa_sglang.workloads.serving.forced import agreement, forced_request, steps
 
 FACT = "Remember this: the passcode of the blue vault is 48213."
 QUESTION = "What is the passcode of the blue vault? Answer with one sentence."
 FOLLOW_UP = "Now say only the digits of the passcode."
-SECRET = "48213"
 MAX_NEW_TOKENS = 24
 
 
@@ -52,17 +55,16 @@ def run(args: argparse.Namespace) -> None:
     """Run the demo.
 
     Raises:
-        FasaError: The model cannot be had or served, or an answer is not what it must be.
+        FasaError: The model is not available or cannot be served, or FASA did not work as it must.
     """
     console, log = Console(), Console(stderr=True)
     log.print(f"model: {args.model}")
     model = find_model(args.model)
-    calibration = cache_dir() / "demo.fasa.safetensors"
-    calibration.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer = _calibrate(model, calibration, args.prompt_tokens)
+    _require_context(model, args.prompt_tokens)
+    calibration = _calibration(model, log)
+    tokenizer = load_tokenizer(model)
     conversation = [{"role": "user", "content": _prompt(tokenizer, args.prompt_tokens)}]
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    log.print(f"starting SGLang on {device}")
+    log.print(f"starting SGLang on {device_name()}")
     settings = {
         "calibration": str(calibration),
         "min_seq_len": min(1024, args.prompt_tokens),
@@ -84,24 +86,31 @@ def run(args: argparse.Namespace) -> None:
         report = {
             "fasa_sglang": __version__,
             "model": model,
-            "device": device,
+            "device": device_name(),
             "question": QUESTION,
             "runs": rows,
         }
         Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
-    _judge(rows)
+    require_sparse_and_exact(rows)
 
 
-def _calibrate(model: str, path: Path, prompt_tokens: int) -> Any:
-    """Write the calibration file; returns the tokenizer."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded, tokenizer = load_model(model, device)
-    context = loaded.config.get_text_config().max_position_embeddings
+def _require_context(model: str, prompt_tokens: int) -> None:
+    context = load_config(model).get_text_config().max_position_embeddings
     if prompt_tokens + 8 * MAX_NEW_TOKENS > context:
         raise FasaError(
             f"a prompt of {prompt_tokens} tokens and its answers do not fit the model's context of "
             f"{context} tokens; pass a smaller --prompt-tokens"
         )
+
+
+def _calibration(model: str, log: Console) -> Path:
+    """The calibration that ``fasa serve`` caches for the model, created if it is missing."""
+    path = cached_calibration(model)
+    if path.exists():
+        log.print(f"using the calibration {path}", soft_wrap=True)
+        return path
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded, tokenizer = load_model(model, device)
     with progress_bar() as progress:
         dominant = calibrate(
             loaded,
@@ -111,8 +120,9 @@ def _calibrate(model: str, path: Path, prompt_tokens: int) -> Any:
             CalibrationSettings(),
             progress=progress,
         )
-    dominant.save(path)
-    return tokenizer
+    with published(path) as part:
+        dominant.save(part)
+    return path
 
 
 def _prompt(tokenizer: Any, prompt_tokens: int) -> str:
@@ -132,18 +142,15 @@ def _first_turn(
     budgets: list[int],
     log: Console,
 ) -> list[dict[str, Any]]:
-    log.print("asking densely (this prefills the prompt)")
-    dense = _ask(engine, tokenizer, conversation, "dense", {"fasa": False})
-    dense_ids = dense.pop("output_ids")
+    prompt = chat_ids(tokenizer, conversation)
+    log.print("decoding densely (this prefills the prompt)")
+    dense, dense_ids = _generate(engine, prompt, "dense", {"fasa": False})
     rows = [{**dense, "top1_agreement": 1.0}]
     for budget in budgets:
-        log.print(f"asking with FASA, budget {budget}")
+        log.print(f"decoding with FASA, budget {budget}")
         custom_params = {"fasa": {"budget": budget}}
-        row = _ask(engine, tokenizer, conversation, f"FASA {budget}", custom_params)
-        del row["output_ids"]
-        forced = engine.generate(
-            input_ids=_ids(tokenizer, conversation), **forced_request(dense_ids, custom_params)
-        )
+        row, _ = _generate(engine, prompt, f"FASA {budget}", custom_params)
+        forced = engine.generate(input_ids=prompt, **forced_request(dense_ids, custom_params))
         rows.append({**row, "top1_agreement": agreement(steps(forced, dense_ids))})
     return rows
 
@@ -151,34 +158,22 @@ def _first_turn(
 def _second_turn(
     engine: Any, tokenizer: Any, conversation: list[dict[str, str]], budget: int, log: Console
 ) -> list[dict[str, Any]]:
-    rows = []
-    for name in (f"turn 2, FASA {budget}", f"turn 2, FASA {budget}, cold"):
-        if name.endswith("cold"):
-            log.print("asking the second question again with the prefix cache flushed")
-            flush_cache(engine)
-        row = _ask(engine, tokenizer, conversation, name, {"fasa": {"budget": budget}})
-        del row["output_ids"]
-        rows.append({**row, "top1_agreement": None})
-    return rows
+    prompt = chat_ids(tokenizer, conversation)
+    custom_params = {"fasa": {"budget": budget}}
+    warm, _ = _generate(engine, prompt, f"turn 2, FASA {budget}", custom_params)
+    log.print("repeating the second turn after flushing the prefix cache")
+    flush_cache(engine)
+    cold, _ = _generate(engine, prompt, f"turn 2, FASA {budget}, cold", custom_params)
+    return [{**row, "top1_agreement": None} for row in (warm, cold)]
 
 
-def _ids(tokenizer: Any, conversation: list[dict[str, str]]) -> list[int]:
-    if tokenizer.chat_template is None:
-        return tokenizer("\n\n".join(turn["content"] for turn in conversation) + "\n").input_ids
-    text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False).input_ids
-
-
-def _ask(
-    engine: Any,
-    tokenizer: Any,
-    conversation: list[dict[str, str]],
-    name: str,
-    custom_params: dict[str, Any],
-) -> dict[str, Any]:
+def _generate(
+    engine: Any, prompt: list[int], name: str, custom_params: dict[str, Any]
+) -> tuple[dict[str, Any], list[int]]:
+    """Decode greedily; returns a row of the report and the reply's token ids."""
     start = time.perf_counter()
     reply = engine.generate(
-        input_ids=_ids(tokenizer, conversation),
+        input_ids=prompt,
         sampling_params={
             "temperature": 0,
             "max_new_tokens": MAX_NEW_TOKENS,
@@ -186,16 +181,16 @@ def _ask(
         },
     )
     meta = reply["meta_info"]
-    return {
+    row = {
         "run": name,
         "answer": reply["text"],
-        "output_ids": reply["output_ids"],
         "prompt_tokens": meta["prompt_tokens"],
         "cached_tokens": meta["cached_tokens"],
         "completion_tokens": meta["completion_tokens"],
         "time_sec": round(time.perf_counter() - start, 3),
         **meta["fasa"],
     }
+    return row, reply["output_ids"]
 
 
 def _table(model: str, rows: list[dict[str, Any]]) -> Table:
@@ -217,25 +212,29 @@ def _table(model: str, rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _judge(rows: list[dict[str, Any]]) -> None:
-    """The demo is done only if it showed what it is for.
+def require_sparse_and_exact(rows: list[dict[str, Any]]) -> None:
+    """Check that FASA was in effect and that the second turn does not depend on the prefix cache.
+
+    Args:
+        rows: The dense run, the FASA runs, and the second turn with and without a prefix cache.
 
     Raises:
-        FasaError: A sparse run read everything, or the second turn depends on the prefix cache.
+        FasaError: Names what did not work.
     """
     warm, cold = rows[-2:]
     if not all(row["sparse_steps"] for row in rows[1:]):
         raise FasaError("a FASA run had no sparse step; expected one per generated token")
     if not warm["cached_tokens"]:
         raise FasaError(
-            "the second turn found nothing in the prefix cache; expected the first turn"
+            "the second turn reused nothing from the prefix cache; expected the first turn"
         )
     if cold["cached_tokens"]:
         raise FasaError(
-            f"the cold run found {cold['cached_tokens']} tokens in the prefix cache; expected none"
+            f"the cold run reused {cold['cached_tokens']} tokens from the prefix cache; expected "
+            "none"
         )
     if warm["answer"] != cold["answer"]:
         raise FasaError(
-            f"the second turn answered {warm['answer']!r} from the prefix cache and "
+            f"the second turn answered {warm['answer']!r} with the prefix cache and "
             f"{cold['answer']!r} without it; expected the same"
         )

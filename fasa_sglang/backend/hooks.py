@@ -1,42 +1,24 @@
 """The table of SGLang functions that FASA hooks; each row says why that place.
 
-The hooks are installed in every process that loads plugins, and are inert unless the server runs
-the ``fasa`` backend. What they do lives in the modules that the functions are imported from.
+The hooks are installed in every process that loads plugins. They have no effect unless the server
+runs the ``fasa`` backend. Their code is in the modules that the functions are imported from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookType
 
-from fasa_sglang.backend import admission, api, exact_prefix, pruner, sizing, step
+from fasa_sglang.backend import admission, api, exact_prefix, pruner, reports, served, sizing, step
 from fasa_sglang.backend.attention import base, graphs
 from fasa_sglang.backend.host import CHECKS_BODIES, EXACT_LEN_METHOD
+from fasa_sglang.hook import Hook
 from fasa_sglang.names import BACKEND_NAME
 
 
-@dataclass(frozen=True)
-class Hook:
-    """One hook.
-
-    Args:
-        target: SGLang's dotted name.
-        function: Ours.
-        kind: How it attaches.
-        reason: Why this is the place.
-    """
-
-    target: str
-    function: Callable[..., Any]
-    kind: HookType
-    reason: str
-
-
 def refuse_triton(original: Callable[[str], bool], backend: str) -> bool:
-    """Keep SGLang's Triton helpers off the CPU, as for its own torch backend (until 0.5.20)."""
+    """Keep SGLang from launching Triton on a CPU; until 0.5.20 it decides by the backend's name."""
     from sglang.srt.platforms import current_platform
 
     on_cpu = current_platform.device_type == "cpu"
@@ -51,17 +33,34 @@ _GRAPHS = "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaG
 _OPENAI = "sglang.srt.entrypoints.openai"
 _CHAT = f"{_OPENAI}.serving_chat.OpenAIServingChat"
 _COMPLETIONS = f"{_OPENAI}.serving_completions.OpenAIServingCompletion"
+_RESPONSES = f"{_OPENAI}.serving_responses.OpenAIServingResponses"
+_ANTHROPIC = "sglang.srt.entrypoints.anthropic.serving.AnthropicServing"
+_OLLAMA = "sglang.srt.entrypoints.ollama.serving.OllamaServing"
 _TOKENIZER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 _CHECKER = "sglang.srt.managers.scheduler_components.invariant_checker.SchedulerInvariantChecker"
 _BEFORE, _AROUND, _AFTER = HookType.BEFORE, HookType.AROUND, HookType.AFTER
 
 HOOKS: tuple[Hook, ...] = (
-    # Requests, in the HTTP and tokenizer process.
+    # Settings, in the process that launches the others and holds the tokenizer.
+    Hook(
+        "sglang.srt.entrypoints.engine.Engine._launch_subprocesses",
+        served.launch_with_fixed_settings,
+        _AROUND,
+        "every other process is started inside it and inherits its environment",
+    ),
+    Hook(
+        f"{_TOKENIZER}.__init__",
+        served.read_settings_at_start,
+        _AFTER,
+        "the earliest place in the tokenizer process that has SGLang's model config",
+    ),
+    # Requests and replies, in the HTTP and tokenizer process.
     Hook(
         f"{_TOKENIZER}.generate_request",
-        api.lift_body_field,
-        _BEFORE,
-        "the last place that sees the HTTP body, whose unknown fields SGLang drops",
+        reports.serve_with_reports,
+        _AROUND,
+        "the last place that sees the HTTP body, whose unknown fields SGLang drops, and the first "
+        "that knows to which choice a reply belongs",
     ),
     Hook(
         f"{_TOKENIZER}._create_tokenized_object",
@@ -70,10 +69,10 @@ HOOKS: tuple[Hook, ...] = (
         "every request passes here before it is scheduled, and an error becomes HTTP 400",
     ),
     Hook(
-        f"{_TOKENIZER}._wait_one_response",
-        api.fold_report,
+        f"{_OPENAI}.serving_base.OpenAIServingBase.handle_request",
+        reports.explain_refusal,
         _AROUND,
-        "all routes read their replies from this generator",
+        "builds the error replies of chat and completions",
     ),
     Hook(
         f"{_CHAT}._convert_to_internal_request",
@@ -83,15 +82,15 @@ HOOKS: tuple[Hook, ...] = (
     ),
     Hook(
         f"{_CHAT}._build_chat_response",
-        api.add_report,
+        reports.add_report,
         _AFTER,
-        "the response has its metadata field and the replies are at hand",
+        "has both the response with its metadata field and the replies",
     ),
     Hook(
         f"{_CHAT}._generate_chat_stream",
-        api.add_report_to_stream,
+        reports.add_report_to_stream,
         _AROUND,
-        "the usage chunk that ends a stream is built inside it",
+        "builds the usage chunk that ends a stream",
     ),
     Hook(
         f"{_COMPLETIONS}._convert_to_internal_request",
@@ -101,22 +100,58 @@ HOOKS: tuple[Hook, ...] = (
     ),
     Hook(
         f"{_COMPLETIONS}._build_completion_response",
-        api.add_report,
+        reports.add_report,
         _AFTER,
         "as for chat",
     ),
     Hook(
         f"{_COMPLETIONS}._generate_completion_stream",
-        api.add_report_to_stream,
+        reports.add_report_to_stream,
         _AROUND,
         "as for chat",
+    ),
+    Hook(
+        f"{_RESPONSES}.create_responses",
+        reports.report_response,
+        _AROUND,
+        "called before a stream has begun, and returns the stream",
+    ),
+    Hook(
+        f"{_RESPONSES}.responses_full_generator",
+        reports.report_full_response,
+        _AROUND,
+        "builds the response of requests in the foreground and in the background",
+    ),
+    Hook(
+        f"{_ANTHROPIC}._handle_non_streaming",
+        reports.report_message,
+        _AROUND,
+        "builds the reply, whose SGLang class has no field for a report",
+    ),
+    Hook(
+        f"{_ANTHROPIC}._generate_anthropic_stream",
+        reports.report_message_stream,
+        _AROUND,
+        "builds the events of a stream",
+    ),
+    Hook(
+        f"{_OLLAMA}.handle_chat",
+        api.check_body,
+        _BEFORE,
+        "SGLang answers errors that this route raises later with HTTP 500",
+    ),
+    Hook(
+        f"{_OLLAMA}.handle_generate",
+        api.check_body,
+        _BEFORE,
+        "as for handle_chat",
     ),
     # Steps, in the scheduler.
     Hook(
         "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new",
         base.plan_step,
         _AFTER,
-        "sees the requests of the batch and the runner's backend just before a forward pass",
+        "has the requests of the batch and the runner's backend, just before a forward pass",
     ),
     Hook(
         f"{_RESULTS}.SchedulerBatchResultProcessor._maybe_collect_customized_info",

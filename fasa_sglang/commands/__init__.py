@@ -1,1 +1,1 @@
-"""Subcommands of ``fasa`` that belong to the runtime."""
+"""The subcommands ``fasa serve`` and ``fasa doctor``."""

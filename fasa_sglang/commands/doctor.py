@@ -1,4 +1,4 @@
-"""``fasa doctor``: what is installed, what is hooked, and what would be refused and why."""
+"""``fasa doctor``: report the installation, the hooks, and what a server would refuse."""
 
 from __future__ import annotations
 
@@ -11,22 +11,32 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from fasa_sglang import __version__
+from fasa_sglang.calibration_cache import cached_calibration
 from fasa_sglang.config import FasaConfig
-from fasa_sglang.dominant_fcs import DominantFCs, ModelShape
+from fasa_sglang.dominant_fcs import DominantFCs
 from fasa_sglang.errors import FasaError
+from fasa_sglang.model_shape import ModelShape, ignored_window
 from fasa_sglang.names import PLATFORM_NAME
+from fasa_sglang.output_file import require_writable, write_whole
 
 OPTIONAL = ("flashinfer-python", "triton", "transformers")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report; ``ok`` is False if it stands in FASA's way."""
+    """One line of the report.
+
+    Args:
+        what: What was checked.
+        found: The result, or why a server would be refused.
+        ok: Whether a server would start.
+    """
 
     what: str
     found: str
@@ -35,8 +45,12 @@ class Finding:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("--model", help="also check this model's config (folder or hub name)")
-    parser.add_argument("--calibration", metavar="FILE", help="also check this calibration file")
+    parser.add_argument("--model", help="also check this model (Hugging Face folder or hub name)")
+    parser.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help="also check this calibration; auto is the model's in the cache of fasa serve",
+    )
     parser.add_argument("--json", metavar="FILE", help="write the report as JSON")
 
 
@@ -44,8 +58,10 @@ def run(args: argparse.Namespace) -> None:
     """Run the command.
 
     Raises:
-        FasaError: Something stands in FASA's way; the table says what.
+        FasaError: A server would be refused, as the table says, or the report cannot be written.
     """
+    if args.json:
+        require_writable(Path(args.json))
     logging.disable(logging.WARNING)
     findings = [
         Finding("fasa-sglang", __version__),
@@ -54,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
         _check("device", _device),
         _check("entry points", _entry_points),
         _check("hooks", _hooks),
-        _check("configuration", lambda: _configuration(args.calibration)),
+        _check("configuration", lambda: _configuration(args.model, args.calibration)),
     ]
     if args.model:
         findings.append(_check("model", lambda: _model(args.model, args.calibration)))
@@ -66,15 +82,15 @@ def run(args: argparse.Namespace) -> None:
     Console().print(table)
     if args.json:
         rows = [asdict(finding) for finding in findings]
-        Path(args.json).write_text(json.dumps(rows, indent=2) + "\n")
-    bad = [finding.what for finding in findings if not finding.ok]
-    if bad:
-        raise FasaError(f"FASA would not serve here because of: {', '.join(bad)}")
+        write_whole(Path(args.json), (json.dumps(rows, indent=2) + "\n").encode())
+    refused = [finding.what for finding in findings if not finding.ok]
+    if refused:
+        raise FasaError(f"a server would be refused because of: {', '.join(refused)}")
 
 
-def _check(what: str, look: Callable[[], str]) -> Finding:
+def _check(what: str, check: Callable[[], str]) -> Finding:
     try:
-        return Finding(what, look())
+        return Finding(what, check())
     except (FasaError, ImportError) as error:
         return Finding(what, str(error), ok=False)
 
@@ -85,9 +101,9 @@ def _packages() -> list[Finding]:
         try:
             findings.append(Finding(name, version(name)))
         except PackageNotFoundError:
-            needed = name not in OPTIONAL
-            way_out = "not installed" + ("; pip install 'fasa-sglang[serve]'" if needed else "")
-            findings.append(Finding(name, way_out, ok=not needed))
+            required = name not in OPTIONAL
+            remedy = "; pip install 'fasa-sglang[serve]'" if required else ""
+            findings.append(Finding(name, f"not installed{remedy}", ok=not required))
     return findings
 
 
@@ -96,10 +112,12 @@ def _device() -> str:
 
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    selected = os.environ.get("SGLANG_PLATFORM")
-    if selected == PLATFORM_NAME:
+    if os.environ.get("SGLANG_PLATFORM") == PLATFORM_NAME:
         return f"cpu, SGLANG_PLATFORM={PLATFORM_NAME}"
-    return f"cpu; to serve on it set SGLANG_PLATFORM={PLATFORM_NAME} and OMP_NUM_THREADS=1"
+    return (
+        f"cpu; to serve on it, set SGLANG_PLATFORM={PLATFORM_NAME} and OMP_NUM_THREADS=1, as fasa "
+        "serve does"
+    )
 
 
 def _entry_points() -> str:
@@ -111,9 +129,9 @@ def _entry_points() -> str:
     ]
     if missing:
         raise FasaError(f"{', '.join(missing)} not registered; reinstall fasa-sglang with pip")
-    chosen = os.environ.get("SGLANG_PLUGINS")
-    if chosen is not None and "fasa" not in chosen.split(","):
-        raise FasaError(f"SGLANG_PLUGINS={chosen} leaves fasa out; add it or unset the variable")
+    enabled = os.environ.get("SGLANG_PLUGINS")
+    if enabled is not None and "fasa" not in enabled.split(","):
+        raise FasaError(f"SGLANG_PLUGINS={enabled} disables fasa; add it or unset the variable")
     return ", ".join(f"{group}:{name}" for group, name in groups.items())
 
 
@@ -121,45 +139,80 @@ def _hooks() -> str:
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
-    # After the plugins: these modules import much of SGLang, which the hooks reach by name.
+    # Imported after the hooks are applied: these modules import what the hooks replace.
     from fasa_sglang.backend.hooks import HOOKS
     from fasa_sglang.backend.host import SUPPORTED_VERSIONS
     from fasa_sglang.backend.refusals import missing_hooks
+    from fasa_sglang.frontend import frontend_hooks, missing_frontend_hooks
 
-    missing = missing_hooks()
+    missing = missing_hooks() + missing_frontend_hooks()
     if missing:
         raise FasaError(f"cannot hook {', '.join(missing)}; use {SUPPORTED_VERSIONS}")
-    return f"{len(HOOKS)} of {len(HOOKS)} applied"
+    count = len(HOOKS) + len(frontend_hooks())
+    return f"{count} of {count} applied"
 
 
-def _configuration(calibration: str | None) -> str:
-    config = FasaConfig.load({"calibration": calibration} if calibration else None)
+def _configuration(model: str | None, calibration: str | None) -> str:
+    config = _config(calibration)
+    settings = f"default {config.default}, budget {config.budget}"
     if config.calibration is None:
-        return f"default {config.default}, budget {config.budget}, no calibration set"
-    dominant = DominantFCs.load(config.calibration)
-    made = dominant.provenance
+        return f"{settings}, no calibration set"
+    path = _calibration_path(config, model)
+    if path is None:
+        return f"{settings}, calibration auto; pass --model to look it up in the cache"
+    if config.calibration == "auto" and not path.exists():
+        return f"{settings}, calibration auto: none yet, fasa serve {model} makes it at first start"
+    dominant = DominantFCs.load(path)
     return (
-        f"default {config.default}, budget {config.budget}, {config.calibration}: "
-        f"{dominant.model.architecture}, {dominant.num_fcs} of {dominant.model.rope.num_chunks} "
-        f"chunks by {made['ranker']} on {made['text']}"
+        f"{settings}, {path}: {dominant.model.architecture}, {dominant.num_fcs} of "
+        f"{dominant.model.rope.num_chunks} chunks {_origin(dominant.provenance)}"
     )
+
+
+def _config(calibration: str | None) -> FasaConfig:
+    return FasaConfig.load({"calibration": calibration} if calibration is not None else None)
+
+
+def _calibration_path(config: FasaConfig, model: str | None) -> Path | None:
+    """The calibration that the settings name; None if that takes a model's name, and there is none.
+
+    The file may not exist yet.
+    """
+    if config.calibration is None:
+        return None
+    if config.calibration != "auto":
+        return Path(config.calibration)
+    return None if model is None else cached_calibration(model)
+
+
+def _origin(provenance: dict[str, Any]) -> str:
+    if "ranker" not in provenance:
+        return "(the file does not say how they were ranked)"
+    return f"by {provenance['ranker']} on {provenance.get('text')}"
 
 
 def _model(model: str, calibration: str | None) -> str:
     from transformers import AutoConfig
 
-    config = FasaConfig.load({"calibration": calibration} if calibration else None)
+    config = _config(calibration)
     try:
-        shape = ModelShape.from_config(AutoConfig.from_pretrained(model), config.interleaved)
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise FasaError(f"cannot read the config of {model} ({reason})") from error
-    if config.calibration is not None:
-        DominantFCs.load(config.calibration).check_model(shape, config.calibration)
+        model_config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FasaError(
+            f"cannot read the config of {model} ({reason}); expected a Hugging Face folder or hub "
+            "name"
+        ) from error
+    shape = ModelShape.from_config(model_config, config.interleaved)
+    path = _calibration_path(config, model)
+    if path is not None and (config.calibration != "auto" or path.exists()):
+        DominantFCs.load(path).check_model(shape, path)
     rope = shape.rope
     layout = "interleaved" if rope.interleaved else "NeoX"
+    window = ignored_window(model_config.get_text_config())
     return (
         f"{shape.architecture}: {shape.num_layers} layers, {shape.num_qo_heads} query and "
         f"{shape.num_kv_heads} KV heads of {rope.head_dim}, {layout} RoPE over {rope.rotary_dim}, "
         f"{rope.num_chunks} frequency chunks"
+        + (f"; SGLang ignores its sliding window of {window} tokens" if window else "")
     )

@@ -38,9 +38,7 @@ def prunable_range(
     if finished_len - scored_from < config.prune_grace:
         return start, start
     # The step that generates the next token is the first one that scores a token.
-    end = min(
-        seq_len - max(config.prune_recent, request.recent), finished_len - config.prune_grace
-    )
+    end = min(seq_len - max(config.prune_recent, request.recent), finished_len - config.prune_grace)
     if think_end is not None:
         end = min(end, think_end)
     return start, end

@@ -1,8 +1,9 @@
-"""What ``/metrics`` says is what the replies said, summed."""
+"""``/metrics`` equals the sum of the reports in the replies."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,15 +13,18 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from serving import running_server, server_command
+
 PREFIX = "sglang_fasa_"
 NUM_LAYERS = 2
-ASKED: list[Any] = [None, False, True, {"budget": 64}, {"budget": 40, "prefix": "full"}]
+_BY_NUMBER = object()
+SWITCHES: list[Any] = [None, False, True, {"budget": 64}, {"budget": 40, "prefix": "full"}]
 
 
 def scrape(server: str) -> dict[str, float]:
-    """Our samples by name and labels; SGLang sums those of its processes."""
+    """FASA's samples by name and labels, summed over SGLang's processes."""
     text = httpx.get(f"{server}/metrics", timeout=60).text
-    found = {}
+    samples: dict[str, float] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             if sample.name.startswith(PREFIX):
@@ -29,21 +33,22 @@ def scrape(server: str) -> dict[str, float]:
                 key = sample.name.removeprefix(PREFIX) + "".join(
                     f" {name}={value}" for name, value in sorted(labels.items())
                 )
-                found[key] = found.get(key, 0.0) + sample.value
-    return found
+                samples[key] = samples.get(key, 0.0) + sample.value
+    return samples
 
 
-def send(server: str, i: int, **asked: Any) -> dict[str, Any]:
-    fasa = asked.get("fasa", ASKED[i % len(ASKED)])
-    params = {"max_new_tokens": asked.get("tokens", 1 + i % 7), "ignore_eos": True}
-    params["custom_params"] = {"fasa": fasa}
+def send(server: str, i: int, fasa: Any = _BY_NUMBER, tokens: int | None = None) -> dict[str, Any]:
+    """Send the i-th request of a mix and return its reply's ``meta_info``."""
+    switch = SWITCHES[i % len(SWITCHES)] if fasa is _BY_NUMBER else fasa
+    params: dict[str, Any] = {"max_new_tokens": tokens or 1 + i % 7, "ignore_eos": True}
+    params["custom_params"] = {"fasa": switch}
     body = {"text": f"x{i} = 1\n" * (1 + i), "sampling_params": params}
     reply = httpx.post(f"{server}/generate", json=body, timeout=120)
     assert reply.status_code == 200, reply.text
     return reply.json()["meta_info"]
 
 
-def test_counters_equal_the_sum_of_the_replies(server: str) -> None:
+def require_counters_equal_replies(server: str) -> None:
     before = scrape(server)
     with ThreadPoolExecutor(6) as pool:
         replies = list(pool.map(lambda i: send(server, i), range(40)))
@@ -52,7 +57,7 @@ def test_counters_equal_the_sum_of_the_replies(server: str) -> None:
         assert httpx.post(f"{server}/generate", json=refused, timeout=60).status_code == 400
     after = scrape(server)
 
-    def grown(name: str) -> float:
+    def increase(name: str) -> float:
         return after[name] - before.get(name, 0.0)
 
     reports = [reply["fasa"] for reply in replies]
@@ -60,29 +65,49 @@ def test_counters_equal_the_sum_of_the_replies(server: str) -> None:
     for mode in ("sparse", "dense"):
         steps = sum(report[f"{mode}_steps"] for report in reports)
         assert steps > 0
-        assert grown(f"decode_steps_total mode={mode}") == steps
-    assert grown("requests_total mode=sparse") == len(sparse)
-    assert grown("requests_total mode=dense") == len(reports) - len(sparse)
+        assert increase(f"decode_steps_total mode={mode}") == steps
+    assert increase("requests_total mode=sparse") == len(sparse)
+    assert increase("requests_total mode=dense") == len(reports) - len(sparse)
     read = saved = 0.0
     for reply in replies:
-        # The prompt and the first new token are there before the first decode step.
+        # The prompt and the first new token precede the first decode step.
         start, steps = reply["prompt_tokens"] + 1, reply["completion_tokens"] - 1
         rows = NUM_LAYERS * sum(range(start, start + steps))
         read += reply["fasa"]["kv_read_ratio"] * rows
         saved += (1 - reply["fasa"]["kv_read_ratio"]) * rows
-    assert grown("kv_rows_read_total") == pytest.approx(read, abs=1)
-    assert grown("kv_rows_saved_total") == pytest.approx(saved, abs=1)
+    assert increase("kv_rows_read_total") == pytest.approx(read, abs=1)
+    assert increase("kv_rows_saved_total") == pytest.approx(saved, abs=1)
     assert saved > 0
-    assert grown("kv_read_ratio_count") == len(sparse)
-    assert grown("kv_read_ratio_sum") == pytest.approx(
+    assert increase("kv_read_ratio_count") == len(sparse)
+    assert increase("kv_read_ratio_sum") == pytest.approx(
         sum(report["kv_read_ratio"] for report in sparse), abs=1e-3
     )
-    assert grown("refused_requests_total") == 3
+    assert increase("refused_requests_total") == 3
+
+
+def test_counters_equal_sum_of_replies(server: str) -> None:
+    require_counters_equal_replies(server)
     # 6001 slots, two layers of two KV heads, eight chunks of two dims, one byte each.
-    assert after["label_cache_bytes"] == 6001 * NUM_LAYERS * 2 * 16
+    assert scrape(server)["label_cache_bytes"] == 6001 * NUM_LAYERS * 2 * 16
 
 
-def test_pruned_tokens_are_counted(server: str) -> None:
+def test_counters_with_pipeline_stages_count_each_step_once(
+    tiny_path: Path,
+    tiny_calibration: str,
+    tmp_path: Path,
+) -> None:
+    """Each of the two stages runs all requests, with one of the two layers."""
+    cores = sorted(os.sched_getaffinity(0))
+    settings = {"calibration": tiny_calibration, "min_seq_len": 0, "budget": 128}
+    flags = ("--pp-size", "2", "--served-model-name", "tiny", "--enable-metrics")
+    command = server_command(tiny_path, settings, *flags)
+    threads = f"{cores[0]}|{cores[-1]}"
+    log = tmp_path / "log"
+    with running_server(command, log, SGLANG_CPU_OMP_THREADS_BIND=threads) as url:
+        require_counters_equal_replies(url)
+
+
+def test_pruned_tokens_are_counted_and_live_gauge_returns_to_zero(server: str) -> None:
     before = scrape(server).get("pruned_tokens_total", 0.0)
     prune = {"prune": "generated", "prune_budget": 330}
     with ThreadPoolExecutor(3) as pool:
@@ -94,11 +119,11 @@ def test_pruned_tokens_are_counted(server: str) -> None:
     assert after["live_generated_tokens"] == 0
 
 
-def test_dashboard_asks_for_metrics_that_exist(server: str) -> None:
+def test_dashboard_queries_only_exported_metrics(server: str) -> None:
     dashboard = json.loads((Path(__file__).parents[2] / "scripts" / "grafana.json").read_text())
     send(server, 3)
     names = {key.split(" ")[0] for key in scrape(server)}
     queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
-    asked = {name for query in queries for name in re.findall(rf"{PREFIX}(\w+)", query)}
-    assert len(asked) >= 6
-    assert asked <= names
+    queried = {name for query in queries for name in re.findall(rf"{PREFIX}(\w+)", query)}
+    assert len(queried) >= 6
+    assert queried <= names

@@ -1,4 +1,4 @@
-"""SGLang programs that say ``fasa=``, against a server with the plugin."""
+"""SGLang programs with ``fasa=``, against a server with the plugin."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import sglang as sgl
+from sglang.srt.plugins.hook_registry import HookRegistry
 
 import fasa_sglang  # noqa: F401 - extends sgl.gen
-from fasa_sglang.errors import RequestError
+from fasa_sglang.errors import RequestError, UnsupportedHostError
+from fasa_sglang.frontend import frontend_hooks, missing_frontend_hooks
 
 PROMPT = "def add(a, b):\n" * 40
 
@@ -32,14 +34,14 @@ def report(state: Any, name: str) -> dict[str, Any]:
     return state.get_meta_info(name)["fasa"]
 
 
-def test_one_call_is_sparse_and_the_next_dense() -> None:
+def test_gen_switches_fasa_per_call() -> None:
     state = two_answers.run(first={"budget": 64}, second=False)
     assert report(state, "first")["sparse_steps"] == 5
     assert report(state, "first")["budget"] == 64
     assert report(state, "second")["dense_steps"] == 5
 
 
-def test_run_speaks_for_calls_that_say_nothing() -> None:
+def test_run_sets_fasa_for_calls_without_it() -> None:
     state = two_answers.run(first=None, second=False, fasa={"budget": 48})
     assert report(state, "first")["budget"] == 48
     assert report(state, "second")["sparse_steps"] == 0
@@ -47,14 +49,14 @@ def test_run_speaks_for_calls_that_say_nothing() -> None:
     assert report(silent, "first")["sparse_steps"] == 0
 
 
-def test_streamed_program_is_sparse_too() -> None:
+def test_streamed_program_is_sparse() -> None:
     state = two_answers.run(first=None, second=None, fasa=True, stream=True)
     assert "".join(state.text_iter()).startswith(PROMPT)
     assert report(state, "second")["sparse_steps"] == 5
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
-def test_batches_of_programs(num_threads: int) -> None:
+def test_run_batch_sets_fasa_in_worker_threads(num_threads: int) -> None:
     """Worker threads do not inherit the caller's context."""
     states = two_answers.run_batch(
         [{"first": None, "second": False}, {"first": {"budget": 64}, "second": None}],
@@ -67,25 +69,25 @@ def test_batches_of_programs(num_threads: int) -> None:
     assert report(states[1], "second")["budget"] == 40
 
 
-def test_forks_inherit_and_override() -> None:
+def test_fork_inherits_and_overrides_fasa() -> None:
     @sgl.function
     def branches(s: Any) -> None:
         s += PROMPT
         forks = s.fork(3)
         for i, fork in enumerate(forks):
             fork += f"# {i}\n"
-            asked = False if i == 2 else None
-            fork += sgl.gen("line", max_tokens=4, temperature=0, ignore_eos=True, fasa=asked)
+            switch = False if i == 2 else None
+            fork += sgl.gen("line", max_tokens=4, temperature=0, ignore_eos=True, fasa=switch)
         forks.join()
         s["reports"] = [report(fork, "line") for fork in forks]
 
     state = branches.run(fasa={"budget": 50})
-    assert [found["sparse_steps"] for found in state["reports"]] == [3, 3, 0]
-    assert [found["budget"] for found in state["reports"]] == [50, 50, None]
+    assert [entry["sparse_steps"] for entry in state["reports"]] == [3, 3, 0]
+    assert [entry["budget"] for entry in state["reports"]] == [50, 50, None]
 
 
-def test_typed_generation() -> None:
-    # The server runs without a grammar backend, so only what would be sent is looked at.
+def test_typed_gen_sends_fasa() -> None:
+    # The server has no grammar backend, so only the parameters to send are checked.
     expression = sgl.gen_int("x", fasa={"budget": 64})
     assert expression.sampling_params.to_srt_kwargs()["custom_params"] == {"fasa": {"budget": 64}}
     assert sgl.gen_string("x", fasa=True).sampling_params.clone().fasa is True
@@ -94,22 +96,22 @@ def test_typed_generation() -> None:
     assert "custom_params" not in sgl.gen("x").sampling_params.to_srt_kwargs()
 
 
-@pytest.mark.parametrize("asked", ["yes", 1, [True]], ids=str)
-def test_nonsense_is_refused_where_it_is_written(asked: Any) -> None:
+@pytest.mark.parametrize("switch", ["yes", 1, [True]], ids=str)
+def test_gen_and_run_refuse_other_types(switch: Any) -> None:
     with pytest.raises(RequestError, match="fasa must be true, false or an object"):
-        sgl.gen("x", fasa=asked)
+        sgl.gen("x", fasa=switch)
     with pytest.raises(RequestError, match="fasa must be true, false or an object"):
-        two_answers.run(first=None, second=None, fasa=asked)
+        two_answers.run(first=None, second=None, fasa=switch)
     with pytest.raises(RequestError, match="gen with choices decodes nothing"):
         sgl.gen("x", choices=["a", "b"], fasa=True)
 
 
-def test_unknown_keys_are_refused_by_the_server() -> None:
+def test_unknown_keys_are_refused_by_server() -> None:
     state = two_answers.run(first={"budjet": 1}, second=None)
     assert "fasa has no key 'budjet'" in str(state.error())
 
 
-def test_a_program_may_have_an_argument_of_that_name() -> None:
+def test_program_with_argument_named_fasa_keeps_it() -> None:
     @sgl.function
     def program(s: Any, fasa: str) -> None:
         s += PROMPT + fasa
@@ -120,13 +122,27 @@ def test_a_program_may_have_an_argument_of_that_name() -> None:
     assert report(state, "x")["sparse_steps"] == 0
 
 
+def test_gen_with_missing_frontend_hook_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a release of SGLang that renames the function which merges the parameters."""
+    assert missing_frontend_hooks() == []
+    renamed = "sglang.lang.interpreter.StreamExecutor._resolve_sampling_params"
+    assert renamed in {hook.target for hook in frontend_hooks()}
+    monkeypatch.setattr(HookRegistry, "_patched", HookRegistry._patched - {renamed})
+    assert missing_frontend_hooks() == [renamed]
+    with pytest.raises(UnsupportedHostError, match=rf"cannot reach the server, .* no {renamed}"):
+        sgl.gen("x", fasa=True)
+    with pytest.raises(UnsupportedHostError, match="cannot reach the server"):
+        two_answers.run(first=None, second=None, fasa=True)
+    assert sgl.gen("x") is not None
+
+
 @pytest.mark.parametrize("first", ["sglang", "fasa_sglang"])
-def test_the_order_of_imports_does_not_matter(first: str) -> None:
+def test_import_order_does_not_matter(first: str) -> None:
     second = {"sglang": "fasa_sglang", "fasa_sglang": "sglang"}[first]
     code = f"import {first}, {second}, sglang; from sglang import gen; gen('x', fasa=True)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd="/", timeout=120)
 
 
-def test_importing_the_package_imports_no_sglang() -> None:
+def test_importing_package_does_not_import_sglang() -> None:
     code = "import fasa_sglang, sys; assert 'sglang' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd="/", timeout=60)

@@ -1,12 +1,12 @@
-"""Requests that SGLang takes back and prefills again.
+"""Requests whose slots SGLang takes back, to prefill them again later.
 
-A file of its own: shutting an engine down kills all engines of the process, and the fixture of
-``test_radix.py`` keeps one.
+In a file of its own: shutting an engine down ends all engines of the process.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,13 +15,14 @@ from serving import divergence, generate
 
 
 @pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "no-overlap"])
-def test_retracted_requests_answer_as_if_alone(
+def test_retracted_requests_with_exact_keys_answer_as_if_alone(
     tiny_path: Path, tiny_calibration: str, overlap: bool
 ) -> None:
-    """A pool too small for all: SGLang takes requests back and prefills them again, densely."""
+    """The pool is too small for all. A second prefill is dense, so a sparse reply may change."""
     settings = {"calibration": tiny_calibration, "min_seq_len": 0}
     prompts = [[500 + i, *list(range(20, 90 + 3 * i))] for i in range(6)]
-    asked = [None, {"budget": 4096}, None, {"budget": 40}, {"budget": 4096}, None]
+    sparse = {"budget": 40}
+    requests: list[Any] = [None, {"budget": 4096}, None, sparse, {"budget": 4096}, None]
     with running_engine(
         tiny_path,
         settings,
@@ -30,17 +31,18 @@ def test_retracted_requests_answer_as_if_alone(
         max_running_requests=6,
         disable_overlap_schedule=not overlap,
     ) as engine:
-        together = generate(engine, prompts, asked, 100)
+        together = generate(engine, prompts, requests, 100)
         alone = [
             generate(engine, [prompt], [fasa], 100, return_logprob=True)[0]
-            for prompt, fasa in zip(prompts, asked, strict=True)
+            for prompt, fasa in zip(prompts, requests, strict=True)
         ]
-    retracted = [reply["meta_info"]["num_retractions"] for reply in together]
-    assert sum(retracted) > 0
-    for fasa, one, other, times in zip(asked, alone, together, retracted, strict=True):
-        report = other["meta_info"]["fasa"]
-        steps = report["sparse_steps"] + report["dense_steps"]
+    retractions = [reply["meta_info"]["num_retractions"] for reply in together]
+    assert sum(retractions) > 0
+    for fasa, expected, reply, count in zip(requests, alone, together, retractions, strict=True):
+        report = reply["meta_info"]["fasa"]
         # Each retraction turns one decode step into a prefill.
-        assert steps == len(other["output_ids"]) - 1 - times
-        if fasa != {"budget": 40}:
-            assert divergence(one, other) is None
+        steps = len(reply["output_ids"]) - 1 - count
+        assert report["sparse_steps"] + report["dense_steps"] == steps
+        if fasa != sparse:
+            problem = divergence(expected, reply)
+            assert problem is None, problem

@@ -1,10 +1,10 @@
-"""Hundreds of random requests through one engine that has too little memory for them."""
+"""Random requests through engines that have too little memory for them."""
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,103 +14,172 @@ import torch
 from fasa_sglang.workloads.serving.engine import flush_cache, running_engine
 from serving import divergence, generate
 
-FASA: list[Any] = [None, False, True, {"budget": 40}, {"budget": 200, "sink": 0, "recent": 8}]
-FASA += [{"budget": 64, "prefix": "full"}, {"budget": 4096}]
-AT_ONCE = 12
-LONGEST_REPLY = 120
-POOL = 900
+DENSE: list[Any] = [None, False]
+SPARSE: list[Any] = [
+    True,
+    {"budget": 40},
+    {"budget": 200, "sink": 0, "recent": 8},
+    {"budget": 64, "prefix": "full"},
+    {"budget": 4096},
+]
+PRUNING: list[Any] = [
+    {"budget": 40, "prune": "generated", "prune_budget": 20},
+    {"budget": 400, "prune": "generated", "prune_budget": 30},
+    {"budget": 30, "prune": "generated", "prune_budget": 24, "prefix": "full"},
+    {"budget": 40, "prune": "think", "prune_budget": 20},
+]
+SETTINGS = {
+    "min_seq_len": 0,
+    "budget": 100,
+    "sink": 2,
+    "recent": 4,
+    "prune_interval": 8,
+    "prune_recent": 6,
+    "prune_grace": 4,
+    "think_end_ids": [77],
+}
+MAX_RUNNING = 12
+LONGEST_REPLY = 160
+POOL = 1100
+COMMON = {"skip_tokenizer_init": True, "max_running_requests": MAX_RUNNING}
+# Overlap scheduling, radix cache.
+SERVERS = [(True, True), (False, False), (True, False), (False, True)]
 
 
-def draw_request(generator: random.Random, prefixes: list[list[int]]) -> dict[str, Any]:
-    own = [generator.randrange(3, 8000) for _ in range(generator.randint(1, 80))]
-    shared = generator.choice(prefixes)
-    return {
-        "prompt": shared[: generator.randint(0, len(shared))] + own,
-        "fasa": generator.choice(FASA),
-        "max_new_tokens": generator.choice((1, 5, 60, LONGEST_REPLY)),
-        "abort_after": generator.randint(1, 10) if generator.random() < 0.1 else None,
-    }
-
-
-async def send(engine: Any, request: dict[str, Any], rid: str) -> dict[str, Any]:
-    """One request, aborted after some tokens if it says so; returns its last reply."""
-    # Not ignore_eos: SGLang would reserve a request's whole reply, and retract none.
-    params: dict[str, Any] = {"temperature": 0, "max_new_tokens": request["max_new_tokens"]}
-    if request["fasa"] is not None:
-        params["custom_params"] = {"fasa": request["fasa"]}
+async def send(
+    engine: Any, prompt: list[int], fasa: Any, tokens: int, rid: str, abort_after: int | None
+) -> dict[str, Any]:
+    """The last reply to one request, which is aborted once it has ``abort_after`` tokens."""
+    # Without ignore_eos, for which SGLang would reserve whole replies and retract none.
+    params: dict[str, Any] = {"temperature": 0, "max_new_tokens": tokens}
+    if fasa is not None:
+        params["custom_params"] = {"fasa": fasa}
     stream = await engine.async_generate(
-        input_ids=request["prompt"], sampling_params=params, rid=rid, stream=True
+        input_ids=prompt, sampling_params=params, rid=rid, stream=True
     )
-    reply = {}
+    reply: dict[str, Any] = {}
     async for reply in stream:
-        tokens = reply["meta_info"]["completion_tokens"]
-        if request["abort_after"] is not None and tokens >= request["abort_after"]:
+        if abort_after is not None and reply["meta_info"]["completion_tokens"] >= abort_after:
             engine.tokenizer_manager.abort_request(rid)
     return reply
 
 
-async def send_all(engine: Any, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    slots = asyncio.Semaphore(AT_ONCE)
+async def converse(
+    engine: Any, number: int, prefixes: list[list[int]], fasa_choices: list[Any]
+) -> list[dict[str, Any]]:
+    """One request, and for some a follow-up over the whole conversation."""
+    generator = random.Random(number)
+    shared = generator.choice(prefixes)
+    prompt = shared[: generator.randint(0, len(shared))]
+    prompt = prompt + [generator.randrange(100, 8000) for _ in range(generator.randint(1, 60))]
+    turns = []
+    for turn in range(generator.choice((1, 1, 2))):
+        fasa = generator.choice(fasa_choices)
+        tokens = generator.choice((1, 40, LONGEST_REPLY))
+        abort = generator.randint(1, 60) if generator.random() < 0.15 else None
+        reply = await send(engine, prompt, fasa, tokens, f"{number}-{turn}", abort)
+        turns.append({"prompt": prompt, "fasa": fasa, "tokens": tokens, "reply": reply})
+        if is_aborted(reply):
+            break
+        new = [generator.randrange(100, 8000) for _ in range(9)]
+        prompt = [*prompt, *reply["output_ids"], *new][: POOL // 3]
+    return turns
 
-    async def one(i: int) -> dict[str, Any]:
-        async with slots:
-            return await send(engine, requests[i], f"request-{i}")
 
-    return await asyncio.gather(*(one(i) for i in range(len(requests))))
+async def converse_all(
+    engine: Any, count: int, prefixes: list[list[int]], fasa_choices: list[Any]
+) -> list[dict[str, Any]]:
+    running = asyncio.Semaphore(MAX_RUNNING)
+
+    async def one(number: int) -> list[dict[str, Any]]:
+        async with running:
+            return await converse(engine, number, prefixes, fasa_choices)
+
+    conversations = await asyncio.gather(*(one(number) for number in range(count)))
+    return [turn for conversation in conversations for turn in conversation]
 
 
-@pytest.mark.slow
-def test_random_requests_leak_nothing_and_leave_dense_ones_alone(
-    random_model: Path, random_calibration: str, draw: Callable[[Any, Any], Any]
-) -> None:
-    """On, off, budgets, shared prefixes, aborts and retractions, overlap scheduling on.
+def is_aborted(reply: dict[str, Any]) -> bool:
+    return reply["meta_info"]["finish_reason"]["type"] == "abort"
 
-    SGLang checks the pool whenever it is idle and kills the server if a slot is missing. What
-    requests that are off answer is compared with SGLang's own backend.
-    """
-    generator = random.Random(0)
-    prefixes = [[generator.randrange(3, 8000) for _ in range(length)] for length in (30, 100, 300)]
-    requests = [
-        draw_request(generator, prefixes)
-        for _ in range(draw(60, 2000 if torch.cuda.is_available() else 300))
-    ]
-    settings = {"calibration": random_calibration, "min_seq_len": 0, "budget": 100}
-    common = {"skip_tokenizer_init": True, "max_running_requests": AT_ONCE}
-    with running_engine(
-        random_model,
-        settings,
-        max_total_tokens=POOL,
-        schedule_conservativeness=0.01,
-        **common,
-    ) as engine:
-        replies = engine.loop.run_until_complete(send_all(engine, requests))
-        flush_cache(engine)
-        # The pool is whole: the longest request that fits it still does.
-        [last] = generate(engine, [[5] * (POOL - 50)], [None], 4)
-        assert last["meta_info"]["completion_tokens"] == 4
-    aborted = [reply["meta_info"]["finish_reason"]["type"] == "abort" for reply in replies]
+
+def check_turns(turns: list[dict[str, Any]]) -> None:
+    """Check what the replies report, and that the draw covers pruning, aborts and retractions."""
+    pruned = 0
+    for turn in turns:
+        report = turn["reply"]["meta_info"].get("fasa")
+        if report is None:
+            continue
+        if turn["fasa"] in PRUNING:
+            pruned += report["pruned_tokens"]
+        else:
+            assert report["pruned_tokens"] == 0
+        if turn["fasa"] in DENSE:
+            assert report["sparse_steps"] == 0
+    assert pruned > 100
+    aborted = [is_aborted(turn["reply"]) for turn in turns]
     assert any(aborted) and not all(aborted)
-    retracted = sum(reply["meta_info"].get("num_retractions", 0) for reply in replies)
+    retracted = sum(turn["reply"]["meta_info"].get("num_retractions", 0) for turn in turns)
     assert retracted > 0, "the pool was large enough for all requests at once"
 
-    off = [
-        (request, reply)
-        for request, reply, gone in zip(requests, replies, aborted, strict=True)
-        if request["fasa"] in (None, False) and not gone
-    ]
-    with running_engine(random_model, None, max_total_tokens=20000, **common) as engine:
+
+def divergences(model: Path, turns: Iterable[dict[str, Any]]) -> list[str]:
+    """How replies differ from those of SGLang's own backend."""
+    turns = list(turns)
+    with running_engine(model, None, max_total_tokens=20000, **COMMON) as engine:
         expected = generate(
             engine,
-            [request["prompt"] for request, _ in off],
-            [None] * len(off),
+            [turn["prompt"] for turn in turns],
+            [None] * len(turns),
             LONGEST_REPLY,
             return_logprob=True,
         )
     problems = []
-    for (request, reply), dense in zip(off, expected, strict=True):
-        dense["output_ids"] = dense["output_ids"][: request["max_new_tokens"]]
-        assert reply["meta_info"]["fasa"]["sparse_steps"] == 0
-        problem = divergence(dense, reply)
+    for turn, dense in zip(turns, expected, strict=True):
+        dense["output_ids"] = dense["output_ids"][: turn["tokens"]]
+        problem = divergence(dense, turn["reply"])
         if problem:
             problems.append(problem)
+    return problems
+
+
+@pytest.mark.slow
+def test_random_requests_under_memory_pressure_leak_no_slot_and_leave_dense_replies_exact(
+    random_model: Path,
+    random_calibration: str,
+    draw: Callable[[Any, Any], Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Aborts, retractions, shared prefixes, follow-ups over sparse and pruned conversations.
+
+    SGLang checks the pool at every step and ends the server if a slot is missing or was freed
+    twice. A slot that two requests share would change a dense reply.
+    """
+    monkeypatch.setenv("SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY", "1")
+    generator = random.Random(0)
+    prefixes = [[generator.randrange(100, 8000) for _ in range(n)] for n in (20, 90, 200)]
+    count = draw(40, 900 if not torch.cuda.is_available() else 2000)
+    fasa_choices = DENSE + SPARSE + PRUNING
+    dense_turns: list[dict[str, Any]] = []
+    for overlap, radix in SERVERS[: draw(2, 4)]:
+        with running_engine(
+            random_model,
+            {**SETTINGS, "calibration": random_calibration, "prune_admission": radix},
+            max_total_tokens=POOL,
+            schedule_conservativeness=0.01,
+            disable_overlap_schedule=not overlap,
+            disable_radix_cache=not radix,
+            **COMMON,
+        ) as engine:
+            conversations = converse_all(engine, count, prefixes, fasa_choices)
+            turns = engine.loop.run_until_complete(conversations)
+            flush_cache(engine)
+            # The pool is whole: the longest request that fits it still does.
+            [last] = generate(engine, [[5] * (POOL - 50)], [None], 4)
+            assert last["meta_info"]["completion_tokens"] == 4
+        check_turns(turns)
+        dense_turns += [
+            turn for turn in turns if turn["fasa"] in DENSE and not is_aborted(turn["reply"])
+        ]
+    problems = divergences(random_model, dense_turns)
     assert not problems, "\n".join(problems)

@@ -1,7 +1,8 @@
-"""``fasa serve``: the first start calibrates, the second does not, and both serve."""
+"""``fasa serve``: it calibrates at the first start only, serves, and refuses before it works."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -14,23 +15,24 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 
 from fasa_sglang.calibration_cache import cached_calibration, model_fingerprint
 from fasa_sglang.errors import CalibrationError
 from serving import free_port
 
 FASA = shutil.which("fasa", path=Path(sys.executable).parent)
+PLAIN = ("--sampling-backend", "pytorch", "--grammar-backend", "none")
+SMALL = ("--max-total-tokens", "3000", "--mem-fraction-static", "0.3")
 
 
-def start(model: Path, cache: Path, port: int, *flags: str) -> tuple[subprocess.Popen[Any], Path]:
-    log = cache / f"log-{port}"
-    command = [FASA, "serve", str(model), "--port", str(port), "--max-total-tokens", "3000"]
-    command += ["--sampling-backend", "pytorch", "--grammar-backend", "none"]
-    command += ["--mem-fraction-static", "0.3"]
+def start(cache: Path, *arguments: str, **environment: str) -> tuple[subprocess.Popen[Any], Path]:
+    """Start ``fasa serve``; returns its process and its log file."""
+    log = cache / "log"
     process = subprocess.Popen(
-        [*command, *flags],
+        [str(FASA), "serve", *arguments],
         cwd=cache,
-        env={**os.environ, "XDG_CACHE_HOME": str(cache)},
+        env={**os.environ, "XDG_CACHE_HOME": str(cache), **environment},
         stdout=log.open("w"),
         stderr=subprocess.STDOUT,
         start_new_session=True,
@@ -38,81 +40,201 @@ def start(model: Path, cache: Path, port: int, *flags: str) -> tuple[subprocess.
     return process, log
 
 
-def wait_for_lines(process: subprocess.Popen[Any], log: Path) -> dict[str, str]:
-    """The five lines, by their first word."""
-    for _ in range(240):
-        found = dict(re.findall(r"^ *fasa (\w+) +(.*\S)", log.read_text(), re.MULTILINE))
-        if len(found) == 5:
-            return found
+def stop(process: subprocess.Popen[Any]) -> None:
+    os.killpg(process.pid, signal.SIGTERM)
+    process.wait(60)
+
+
+def announced(process: subprocess.Popen[Any], log: Path) -> dict[str, str]:
+    """Wait for the five lines; returns them by their first word."""
+    for _ in range(300):
+        rows = dict(re.findall(r"^ *fasa (\w+) +(.*\S)", log.read_text(), re.MULTILINE))
+        if len(rows) == 5:
+            return rows
         assert process.poll() is None, log.read_text()[-3000:]
         time.sleep(1)
     raise AssertionError(log.read_text()[-3000:])
 
 
+def wait_for_text(process: subprocess.Popen[Any], log: Path, text: str) -> None:
+    for _ in range(1200):
+        if text in log.read_text():
+            return
+        assert process.poll() is None, log.read_text()[-3000:]
+        time.sleep(0.1)
+    raise AssertionError(log.read_text()[-3000:])
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A self-signed certificate of another host, and its key."""
+    folder = tmp_path_factory.mktemp("tls")
+    paths = str(folder / "cert.pem"), str(folder / "key.pem")
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1"]
+    command += ["-subj", "/CN=example.org", "-out", paths[0], "-keyout", paths[1]]
+    subprocess.run(command, check=True, capture_output=True)
+    return paths
+
+
 @pytest.mark.slow
-def test_first_start_calibrates_and_the_second_does_not(tiny_path: Path, tmp_path: Path) -> None:
-    """Of a layout that is said to be another one, which the server has to be told as well."""
-    settings = (
-        '{"min_seq_len": 16, "label_dtype": "bf16", "num_fcs": 8, "rope_layout": "interleaved"}'
-    )
-    flags = ("--default", "auto", "--settings", settings)
-    for time_of_start, origin in enumerate(("made now", "kept from an earlier run")):
-        port = free_port()
-        process, log = start(tiny_path, tmp_path, port, "--budget", "64", *flags)
+def test_serve_calibrates_at_the_first_start_only(
+    tiny_path: Path, tmp_path: Path, certificate: tuple[str, str]
+) -> None:
+    """The second start is behind an API key and TLS, and its settings come from a file.
+
+    The model is said to have another rotary layout, which the calibration and the server must use.
+    """
+    settings = {"min_seq_len": 16, "label_dtype": "bf16", "num_fcs": 8}
+    file = tmp_path / "settings.json"
+    file.write_text(json.dumps({**settings, "rope_layout": "interleaved", "recent": 9}))
+    port = str(free_port())
+    flags = [*PLAIN, *SMALL, "--port", port, "--budget=64", "--default", "auto"]
+    secure = ["--api-key", "secret", "--ssl-certfile", certificate[0]]
+    secure += ["--ssl-keyfile", certificate[1]]
+    for origin, extra in (("made now", []), ("kept from an earlier run", secure)):
+        process, log = start(tmp_path, *flags, str(tiny_path), *extra, FASA_CONFIG=str(file))
         try:
-            lines = wait_for_lines(process, log)
-            assert ("calibrating" in log.read_text()) == (time_of_start == 0)
-            assert "LlamaForCausalLM, 2 layers, 2 KV heads" in lines["model"]
-            assert lines["calibration"].endswith(f"({origin})")
-            assert lines["budget"].startswith("64 tokens, at most 4096; default auto, sparse from")
-            # Two layers of two KV heads, 8 of 16 chunks of two dims, two bytes each.
-            assert lines["labels"] == "8 of 16 chunks in bf16, 128 bytes a token"
-            assert lines["pool"].startswith("3,000 tokens")
+            rows = announced(process, log)
+            assert ("calibrating" in log.read_text()) == (origin == "made now")
+            assert "LlamaForCausalLM, 2 layers, 2 KV heads" in rows["model"]
+            assert rows["calibration"].endswith(f"({origin})")
+            assert rows["budget"].startswith("64 tokens, at most 4096; default auto, sparse from")
+            # One selecting layer with 2 KV heads, 8 chunks of 2 dims, and 2 bytes per dim.
+            assert rows["labels"] == "8 of 16 chunks in bf16, 64 bytes a token"
+            scheme = "https" if extra else "http"
+            url = f"{scheme}://127.0.0.1:{port}"
+            assert rows["pool"] == f"3,000 tokens, serving at {url}"
+            headers = {"Authorization": "Bearer secret"}
             body = {"text": "x = 1\n" * 20, "sampling_params": {"max_new_tokens": 4}}
-            reply = httpx.post(f"http://127.0.0.1:{port}/generate", json=body, timeout=60)
-            assert reply.json()["meta_info"]["fasa"]["sparse_steps"] == 3
+            with httpx.Client(verify=False, headers=headers, timeout=60) as client:
+                reply = client.post(f"{url}/generate", json=body).json()
+                served = client.get(f"{url}/server_info").json()["json_model_override_args"]
+            assert reply["meta_info"]["fasa"]["sparse_steps"] == 3
+            # All settings travel in the flag, so that no process reads the file again.
+            merged = json.loads(served)["fasa"]
+            assert {"recent": 9, "budget": 64, **settings}.items() <= merged.items()
         finally:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait(60)
-    assert len(list((tmp_path / "fasa-sglang" / "calibrations").iterdir())) == 1
+            stop(process)
+    [kept] = (tmp_path / "fasa-sglang" / "calibrations").iterdir()
+    assert kept.suffix == ".fasa"
+
+
+@pytest.fixture(scope="module")
+def phi3_path(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Phi-3 with a short context, an unscaled RoPE, and a sliding window that SGLang ignores."""
+    from transformers import AutoTokenizer, Phi3Config, Phi3ForCausalLM
+
+    path = tmp_path_factory.mktemp("phi3")
+    config = Phi3Config(
+        vocab_size=49152,
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        original_max_position_embeddings=2048,
+        sliding_window=256,
+        initializer_range=0.3,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    Phi3ForCausalLM(config).save_pretrained(path)
+    AutoTokenizer.from_pretrained(tiny_path).save_pretrained(path)
+    return path
+
+
+@pytest.mark.slow
+def test_serve_phi3_with_a_short_context_serves_sparse_requests(
+    phi3_path: Path, tmp_path: Path
+) -> None:
+    port = str(free_port())
+    settings = '{"min_seq_len": 16, "budget": 64}'
+    flags = [*PLAIN, *SMALL, "--port", port, "--settings", settings]
+    process, log = start(tmp_path, str(phi3_path), *flags)
+    try:
+        announced(process, log)
+        body = {
+            "text": "x = 1\n" * 20,
+            "sampling_params": {"max_new_tokens": 4, "custom_params": {"fasa": True}},
+        }
+        reply = httpx.post(f"http://127.0.0.1:{port}/generate", json=body, timeout=60).json()
+    finally:
+        stop(process)
+    assert reply["meta_info"]["fasa"]["sparse_steps"] == 3
+    warning = "Phi3ForCausalLM has a sliding window of 256 tokens, which SGLang ignores"
+    in_calibration, in_server = log.read_text().split("calibration: judging, layer 2 of 2")
+    assert in_calibration.count(warning) == 1
+    assert in_server.count(warning) == 1
+    assert "calibration: ranking, layer 1 of 2" in in_calibration
+
+
+def test_serve_ended_during_calibration_ends_it_and_leaves_no_files(
+    tiny_path: Path, tmp_path: Path
+) -> None:
+    """By SIGTERM, which only the command gets, and by SIGINT; a dead process's part file goes."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    runs = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        cache = tmp_path / number.name
+        calibrations = cache / "fasa-sglang" / "calibrations"
+        calibrations.mkdir(parents=True)
+        (calibrations / f".old.fasa.part-{os.uname().nodename}-{ended.pid}").touch()
+        runs.append((number, calibrations, *start(cache, str(tiny_path), *PLAIN)))
+    for number, calibrations, process, log in runs:
+        wait_for_text(process, log, "calibration: ranking, layer 1 of 2")
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert children
+        os.kill(process.pid, number)
+        assert process.wait(30) == 128 + number
+        for child in children:
+            assert not Path(f"/proc/{child}").exists()
+        assert not list(calibrations.iterdir())
+        assert "Traceback" not in log.read_text()
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--budget", "0"], "budget must be an integer of at least 1, got 0"),
-        (["--settings", "[1]"], "--settings must be a JSON object"),
-        (["--json-model-override-args", "{"], "--json-model-override-args does not hold valid"),
-        (["--attention-backend", "triton"], "fasa serve sets --attention-backend itself"),
+        (["--settings", '{"bugdet": 1}'], "unknown setting 'bugdet' in --settings"),
         (["--calibration", "/no/such/file"], "cannot read the calibration file /no/such/file"),
+        (["--max-total-tokenz", "3"], "unrecognized arguments: --max-total-tokenz"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
-def test_what_cannot_be_served_is_refused_before_sglang_starts(
+def test_serve_of_what_cannot_be_served_is_refused_before_calibrating(
     tmp_path: Path, flags: list[str], message: str
 ) -> None:
-    """No model is looked at, and none is there."""
-    command = [FASA, "serve", "/no/such/model", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
-    assert done.returncode == 1
-    assert message in done.stderr
+    """The model does not exist, and no message mentions it."""
+    process, log = start(tmp_path, "/no/such/model", *flags)
+    assert process.wait(180) == 1
+    assert log.read_text().splitlines()[-1].startswith("fasa serve: ")
+    assert message in log.read_text()
+    assert "Traceback" not in log.read_text()
 
 
-def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [FASA, "serve", "no-such-user/no-such-model"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        timeout=120,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-    assert done.returncode == 1
-    assert "cannot load the model no-such-user/no-such-model" in done.stderr
+@pytest.mark.parametrize("home", ["/proc/nope", "/dev/null"])
+def test_serve_without_a_writable_cache_is_refused(
+    tiny_path: Path, tmp_path: Path, home: str
+) -> None:
+    process, log = start(tmp_path, str(tiny_path), XDG_CACHE_HOME=home)
+    assert process.wait(180) == 1
+    assert f"cannot create the cache folder {home}/fasa-sglang/calibrations" in log.read_text()
+    assert "set XDG_CACHE_HOME to a writable folder" in log.read_text()
+    assert "Traceback" not in log.read_text()
 
 
-def test_fingerprint_tells_a_fine_tune_from_its_base(tmp_path: Path) -> None:
-    """Same shape, same file sizes, other weights."""
+def test_serve_of_a_missing_model_is_refused(tmp_path: Path) -> None:
+    process, log = start(tmp_path, "no-such-user/no-such-model", HF_HUB_OFFLINE="1")
+    assert process.wait(180) == 1
+    assert "cannot load the model no-such-user/no-such-model" in log.read_text()
+
+
+def test_fingerprint_of_a_fine_tune_differs_from_its_base(tmp_path: Path) -> None:
+    """The shape and the file sizes are the same, the weights are not."""
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(bytes(200_000))
@@ -126,6 +248,6 @@ def test_fingerprint_tells_a_fine_tune_from_its_base(tmp_path: Path) -> None:
     assert base in cached_calibration(str(tmp_path)).name
 
 
-def test_folder_without_a_config_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CalibrationError, match="holds no readable config"):
+def test_fingerprint_of_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match=r"has no readable config\.json"):
         model_fingerprint(str(tmp_path))

@@ -14,6 +14,7 @@ from kernel_cases import (
     written_labels,
 )
 
+from fasa_sglang.ops.label_format import LABEL_FORMATS
 from fasa_sglang.pruning.importance import DECAY, START, Importance
 
 pytestmark = needs_triton
@@ -24,7 +25,9 @@ def ints(values: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("seq_lens", [(1,), (5, 3000, 40), (1024, 1025, 2048, 7)])
-def test_close_gaps_with_and_without_tombstones_moves_live_slots_to_the_front(seq_lens: tuple[int, ...]) -> None:
+def test_close_gaps_with_and_without_tombstones_moves_live_slots_to_the_front(
+    seq_lens: tuple[int, ...],
+) -> None:
     from fasa_sglang.ops.tombstones import close_gaps
 
     generator = torch.Generator().manual_seed(0)
@@ -127,7 +130,7 @@ def count_selections(case: Case, buffers, budgets: list[int], counted: list[int]
 def test_select_tokens_counts_the_selections_of_counting_lanes_by_slot() -> None:
     """Sparse lanes, a short one, and one that does not count."""
     case = make_case((300, 20, 129, 150), 2, 2, 16, 8)
-    buffers = scored(case, written_labels(case, torch.bfloat16), "mean", 2, 3)
+    buffers = scored(case, written_labels(case, LABEL_FORMATS["bf16"]), "mean", 2, 3)
     budgets = [40, 40, 30, 30]
     indices = count_selections(case, buffers, budgets, [1, 1, 0, 1], (2, 3))
     check_selection(case, buffers, indices, budgets, (2, 3))

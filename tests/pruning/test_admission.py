@@ -1,4 +1,4 @@
-"""Replies longer than the pool, and many requests where few would fit whole."""
+"""Replies longer than the pool, and requests that only fit together because they prune."""
 
 from __future__ import annotations
 
@@ -16,17 +16,23 @@ POOL, KEPT, NEW_TOKENS = 400, 40, 600
 PRUNE = {"budget": 30, "sink": 2, "recent": 4, "prune": "generated", "prune_budget": KEPT}
 
 
-@pytest.mark.parametrize("radix", [True, False], ids=["radix", "no radix"])
-def test_a_pruned_reply_may_be_longer_than_the_pool(
+@pytest.mark.parametrize("radix", [True, False], ids=["radix", "no-radix"])
+def test_pruned_replies_longer_than_the_pool_run_at_once_and_finish(
     random_model: Path, random_calibration: str, radix: bool
 ) -> None:
-    """And five of them run at once, each of which SGLang would give most of the pool.
+    """By SGLang's reservation each of the five requests would need most of the pool.
 
-    Without a radix cache requests that ignore EOS used to wait for each other all the same.
+    Without a radix cache SGLang has another rule for requests that ignore EOS, by which they would
+    wait for each other.
     """
-    settings: dict[str, Any] = {"calibration": random_calibration, "min_seq_len": 0}
-    settings |= {"prune_interval": 8, "prune_recent": 8, "prune_grace": 4}
-    settings["prune_admission"] = True
+    settings: dict[str, Any] = {
+        "calibration": random_calibration,
+        "min_seq_len": 0,
+        "prune_interval": 8,
+        "prune_recent": 8,
+        "prune_grace": 4,
+        "prune_admission": True,
+    }
     prompts = [list(range(300 + i, 310 + i)) for i in range(6)]
     with running_engine(
         random_model,
@@ -36,26 +42,27 @@ def test_a_pruned_reply_may_be_longer_than_the_pool(
         disable_radix_cache=not radix,
     ) as engine:
 
-        async def streamed(prompt: list[int]) -> tuple[float, float, dict[str, Any]]:
+        async def stream(prompt: list[int]) -> tuple[float, float, dict[str, Any]]:
+            """Times of the first and last message, and the last message."""
             params = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
-            stream = await engine.async_generate(
+            messages = await engine.async_generate(
                 input_ids=prompt,
                 sampling_params={**params, "custom_params": {"fasa": PRUNE}},
                 stream=True,
             )
-            pieces = [(time.perf_counter(), piece) async for piece in stream]
-            return pieces[0][0], pieces[-1][0], pieces[-1][1]
+            received = [(time.perf_counter(), message) async for message in messages]
+            return received[0][0], received[-1][0], received[-1][1]
 
-        async def together() -> list[tuple[float, float, dict[str, Any]]]:
-            return await asyncio.gather(*(streamed(prompt) for prompt in prompts[:5]))
+        async def stream_all() -> list[tuple[float, float, dict[str, Any]]]:
+            return await asyncio.gather(*(stream(prompt) for prompt in prompts[:5]))
 
-        runs = engine.loop.run_until_complete(together())
-        [whole] = generate(engine, prompts[5:], [None], NEW_TOKENS, ignore_eos=True)
+        runs = engine.loop.run_until_complete(stream_all())
+        [unpruned] = generate(engine, prompts[5:], [None], NEW_TOKENS, ignore_eos=True)
         [after] = generate(engine, [[5] * (POOL - 50)], [None], 4, ignore_eos=True)
     assert max(first for first, _, _ in runs) < min(last for _, last, _ in runs)
     assert after["meta_info"]["completion_tokens"] == 4
-    # Whole, a request is clipped to the pool.
-    assert POOL - 20 <= whole["meta_info"]["completion_tokens"] < POOL
+    # SGLang clips a request that does not prune to the pool.
+    assert POOL - 20 <= unpruned["meta_info"]["completion_tokens"] < POOL
     for _, _, reply in runs:
         assert reply["meta_info"]["completion_tokens"] == NEW_TOKENS
         assert reply["meta_info"].get("num_retractions", 0) == 0

@@ -63,7 +63,7 @@ def test_prunable_range_at_any_length_holds_only_tokens_scored_by_prune_grace_st
                 start, end = range_of(
                     request, config, scored_from=first_sparse_len - 1, seq_len=seq_len
                 )
-                # The step of ``seq_len`` tokens may be running. Steps score all but their own token.
+                # The last step may be running. A step scores all tokens but its own.
                 scored = [
                     sum(step > position + 1 for step in range(first_sparse_len, seq_len))
                     for position in range(seq_len)
@@ -74,7 +74,7 @@ def test_prunable_range_at_any_length_holds_only_tokens_scored_by_prune_grace_st
 
 
 def test_prunable_range_with_default_settings_is_empty_until_dense_tokens_are_scored() -> None:
-    """A prompt of 100 tokens under the default ``min_seq_len``: 1,948 tokens were generated densely.
+    """A prompt of 100 tokens, after which 1,948 tokens are generated densely.
 
     After one sparse step these were pruned by what former owners had left in their slots.
     """

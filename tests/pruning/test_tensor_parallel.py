@@ -1,4 +1,4 @@
-"""Ranks that hold different heads prune different tokens, as many and from the same place on."""
+"""Ranks hold different heads, so they may prune different tokens, but equally many of them."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from serving import divergence, generate
 
 KEPT, NEW_TOKENS = 40, 80
 PRUNE = {"budget": 30, "sink": 2, "recent": 4, "prune": "generated", "prune_budget": KEPT}
-ASKED: list[Any] = [PRUNE, {**PRUNE, "prefix": "full"}, None, True]
-PROMPTS = [list(range(300 + i, 340 + i)) for i in range(len(ASKED))]
+REQUESTS: list[Any] = [PRUNE, {**PRUNE, "prefix": "full"}, None, True]
+PROMPTS = [list(range(300 + i, 340 + i)) for i in range(len(REQUESTS))]
 
 
 @pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.device_count() < 2, reason="needs two GPUs"
 )
-def test_two_ranks_answer_as_one(
+def test_pruning_on_two_ranks_equals_one_rank_by_age_and_counts_alike_by_importance(
     random_model: Path, random_calibration: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By age all ranks prune the same tokens, and by importance each its own."""
+    """By age, all ranks prune the same tokens; by importance, each rank its own."""
     cores = sorted(os.sched_getaffinity(0))
     monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}")
     settings: dict[str, Any] = {"calibration": random_calibration, "min_seq_len": 0}
@@ -38,26 +38,26 @@ def test_two_ranks_answer_as_one(
             max_total_tokens=2000,
             tp_size=tp_size,
         ) as engine:
-            made = generate(
-                engine, PROMPTS, ASKED, NEW_TOKENS, return_logprob=True, ignore_eos=True
+            results = generate(
+                engine, PROMPTS, REQUESTS, NEW_TOKENS, return_logprob=True, ignore_eos=True
             )
             if tp_size == 2:
-                _follow_up(engine, made)
-        return made
+                check_follow_up(engine, results)
+        return results
 
     alone = replies("oldest", 1)
     by_age, by_importance = replies("oldest", 2), replies("fasa", 2)
     pruned = [reply["meta_info"]["fasa"]["pruned_tokens"] for reply in alone]
     assert min(pruned[:2]) > NEW_TOKENS - KEPT - 10 and pruned[2:] == [0, 0]
-    for got in (by_age, by_importance):
-        assert [reply["meta_info"]["fasa"]["pruned_tokens"] for reply in got] == pruned
+    for results in (by_age, by_importance):
+        assert [reply["meta_info"]["fasa"]["pruned_tokens"] for reply in results] == pruned
     problems = [divergence(*pair) for pair in zip(alone, by_age, strict=True)]
     problems += [divergence(alone[i], by_importance[i]) for i in (2, 3)]
     assert not any(problems), problems
 
 
-def _follow_up(engine: Any, replies: list[dict[str, Any]]) -> None:
-    """It would hang or answer wrongly if the ranks' radix trees held different prefixes."""
+def check_follow_up(engine: Any, replies: list[dict[str, Any]]) -> None:
+    """Would hang or differ if the radix trees of the ranks held different prefixes."""
     longer = [
         [*prompt, *reply["output_ids"], 7, 8, 9]
         for prompt, reply in zip(PROMPTS, replies, strict=True)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from array import array
+from types import SimpleNamespace
 from typing import Any
 
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from fasa_sglang.backend.step import RequestState
 from fasa_sglang.backend.thinking import thinking_end
 from fasa_sglang.config import FasaConfig
-from fasa_sglang.layer_plan import LayerPlan
 from fasa_sglang.names import REQ_ATTRIBUTE
-from fasa_sglang.requests import FasaRequest
+from fasa_sglang.pruning.state import PruneState
 
 END = 77
 CONFIG = FasaConfig(think_end_ids=(END, 78))
@@ -41,8 +40,7 @@ def request(output_ids: Any, scheduled: bool = True, thinks: bool = False) -> Re
     req = Req("rid", "", array("q", [5] * 10), params, require_reasoning=thinks)
     req.output_ids = output_ids
     if scheduled:
-        fasa = FasaRequest(64, 4, 2, prune="think")
-        setattr(req, REQ_ATTRIBUTE, RequestState(fasa, LayerPlan.of_model(2, 1), usage=None))
+        setattr(req, REQ_ATTRIBUTE, SimpleNamespace(prune=PruneState()))
     return req
 
 

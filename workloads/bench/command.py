@@ -1,4 +1,4 @@
-"""``fasa bench``: ``ops`` times kernels, ``serve`` and ``memory`` the server, ``agent`` a use."""
+"""``fasa bench``: time kernels, servers, KV memory or an agent loop."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import argparse
 
 from fasa_sglang.workloads.bench import agent, memory, ops, serve
 
-PARTS = {"ops": ops, "serve": serve, "memory": memory, "agent": agent}
+BENCHMARKS = {"ops": ops, "serve": serve, "memory": memory, "agent": agent}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    subparsers = parser.add_subparsers(dest="what", required=True, metavar="|".join(PARTS))
-    for name, module in PARTS.items():
+    subparsers = parser.add_subparsers(
+        dest="benchmark", required=True, metavar="|".join(BENCHMARKS)
+    )
+    for name, module in BENCHMARKS.items():
         module.add_arguments(subparsers.add_parser(name, description=module.__doc__))
 
 
@@ -20,6 +22,6 @@ def run(args: argparse.Namespace) -> None:
     """Run the command.
 
     Raises:
-        FasaError: It cannot be measured here, or a result is wrong.
+        FasaError: The benchmark cannot run here, or a result is wrong.
     """
-    PARTS[args.what].run(args)
+    BENCHMARKS[args.benchmark].run(args)

@@ -1,9 +1,9 @@
-"""``fasa bench memory``: long replies in the same KV memory, whole and pruned.
+"""``fasa bench memory``: long replies in the same KV memory, dense and pruned.
 
-Memory is what ``--fits`` requests of full length need on SGLang's own backend. Each backend gets as
-many requests as that memory holds to their end: FASA's labels take their share of it, and a pruned
-request never holds more than its prompt, its prune budget and an interval. All start at once, and
-none may lose its slots on the way.
+The memory is what ``--fits`` requests of full length need without FASA. Every engine runs as many
+requests to their end as that memory holds: FASA's labels take their share of it, and a pruned
+request never holds more than its prompt, its prune budget and an interval. All requests start
+together, and none may be retracted.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import random
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,79 +26,87 @@ from fasa_sglang import __version__
 from fasa_sglang.config import FasaConfig
 from fasa_sglang.dominant_fcs import ModelShape
 from fasa_sglang.errors import FasaError
-from fasa_sglang.workloads.bench.serve import device_name, served_model, spread_keys
-from fasa_sglang.workloads.models.shapes import SHAPES, any_chunks, load_config
+from fasa_sglang.layer_plan import LayerPlan
+from fasa_sglang.ops.label_format import LABEL_FORMATS
+from fasa_sglang.workloads.bench.baseline import add_baseline_argument, baseline_label
+from fasa_sglang.workloads.bench.dummy_model import SHAPE_NAMES, served_model, spread_keys
+from fasa_sglang.workloads.device import device_name
+from fasa_sglang.workloads.models.shapes import any_chunks, load_config
 from fasa_sglang.workloads.serving.engine import running_engine
 
-# A reply reaches the client in pieces of so many tokens, so that sending them costs little.
+# Tokens of a reply that reach the client at once, so that sending them costs little.
 STREAM_INTERVAL = 64
-# Slots that SGLang wants free beside those of the requests.
-SPARE = 64
+# Slots that SGLang needs besides those of the requests.
+SPARE_SLOTS = 64
+# Bytes of a key or value element, bfloat16.
+KV_ELEMENT_BYTES = 2
+FASA_LABEL = "fasa, pruned"
 
 
 @dataclass
-class Run:
-    """One backend."""
+class Row:
+    """One engine.
 
-    backend: str
+    Args:
+        engine: Label of the baseline, or ``fasa, pruned``.
+        pool_tokens: Slots of the KV pool.
+        requests: Requests that ran together.
+        seconds: Time until the last reply ended.
+        tokens_per_s: Output tokens per second of all requests.
+        concurrent: Largest number of requests that decoded at the same time.
+        pruned_tokens: Tokens that lost their slots, over all requests.
+        speedups: ``tokens_per_s`` of this row over that of every baseline, by label.
+    """
+
+    engine: str
     pool_tokens: int
     requests: int
     seconds: float
     tokens_per_s: float
-    at_once: int
-    """Most requests that decoded at the same time."""
+    concurrent: int
     pruned_tokens: int
+    speedups: dict[str, float] = field(default_factory=dict)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("--shape", choices=(*SHAPES, "smollm2"), default="llama3.1-8b")
-    parser.add_argument("--fits", type=int, default=8, help="whole requests that memory holds")
+    parser.add_argument("--shape", choices=SHAPE_NAMES, default="llama3.1-8b")
+    add_baseline_argument(parser)
+    parser.add_argument(
+        "--fits", type=int, default=8, help="dense requests of full length that the memory holds"
+    )
     parser.add_argument("--prompt-tokens", type=int, default=1024)
     parser.add_argument("--output-tokens", type=int, default=16384)
     parser.add_argument("--budget", type=int, default=2048, help="tokens per (request, KV head)")
-    parser.add_argument("--prune-budget", type=int, default=4096)
+    parser.add_argument("--prune-budget", type=int, default=4096, help="generated tokens to keep")
     parser.add_argument("--prune-interval", type=int, default=32)
-    parser.add_argument("--json", metavar="FILE", help="write the runs as JSON")
+    parser.add_argument("--json", metavar="FILE", help="write the rows as JSON")
 
 
 def run(args: argparse.Namespace) -> None:
     """Run the command.
 
     Raises:
-        FasaError: The model cannot be had or served, or a request lost its slots.
+        FasaError: The model is not available or cannot be served, or a request was retracted.
     """
     console, log = Console(width=120), Console(stderr=True)
-    whole = args.prompt_tokens + args.output_tokens
-    pool = args.fits * whole + SPARE
+    pool = args.fits * (args.prompt_tokens + args.output_tokens) + SPARE_SLOTS
+    rows: list[Row] = []
+    backends: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as work:
         model, overrides = served_model(args.shape, Path(work))
         shape = ModelShape.from_config(load_config(model))
-        calibration = str(Path(work) / "calibration.safetensors")
-        num_fcs = shape.default_num_fcs
-        any_chunks(shape, num_fcs).save(calibration)
-        settings = {
-            "calibration": calibration,
-            "budget": args.budget,
-            "max_budget": args.budget,
-            # Nothing is pruned before a request is long enough to be sparse.
-            "min_seq_len": min(FasaConfig.min_seq_len, args.prompt_tokens + args.prune_budget),
-            "prune_interval": args.prune_interval,
-            "prune_admission": True,
-        }
-        # Two bytes an element of K and V; labels have one a dim, two dims a chunk.
-        label_share = 2 * num_fcs / (4 * load_config(model).head_dim)
-        smaller = int(pool / (1 + label_share))
-        held = args.prompt_tokens + args.prune_budget + args.prune_interval + 1
-        many = (smaller - SPARE) // held
+        settings = _settings(args, shape, Path(work))
+        smaller = int(pool / (1 + label_share(shape)))
+        pruned_len = args.prompt_tokens + args.prune_budget + args.prune_interval + 1
+        more = (smaller - SPARE_SLOTS) // pruned_len
         prune = {"prune": "generated", "prune_budget": args.prune_budget}
-        runs = []
-        for fasa, tokens, count in ((None, pool, args.fits), (settings, smaller, many)):
-            name = "dense" if fasa is None else "fasa, pruned"
-            log.print(f"{name}: {count} requests in {tokens} tokens")
+        runs = [(name, None, pool, args.fits) for name in args.baseline]
+        for baseline, fasa, tokens, count in [*runs, (None, prune, smaller, more)]:
             with running_engine(
                 model,
-                fasa,
+                None if fasa is None else settings,
+                baseline=baseline,
                 skip_tokenizer_init=True,
                 max_total_tokens=tokens,
                 max_running_requests=count,
@@ -107,93 +115,128 @@ def run(args: argparse.Namespace) -> None:
                 disable_radix_cache=True,
                 **overrides,
             ) as engine:
-                if args.shape in SHAPES:
-                    spread_keys(engine, SHAPES[args.shape])
-                asked = False if fasa is None else prune
-                runs.append(_measure(engine, name, tokens, count, asked, args))
-                log.print(f"  {runs[-1].tokens_per_s:.0f} tokens/s")
-    console.print(_table(args, runs))
+                label = FASA_LABEL
+                if baseline is not None:
+                    label = baseline_label(baseline, engine.get_server_info())
+                    backends[baseline] = label
+                log.print(f"{label}: {count} requests in {tokens} tokens")
+                spread_keys(engine, args.shape)
+                rows.append(_measure(engine, label, tokens, count, fasa, args))
+                log.print(f"  {rows[-1].tokens_per_s:.0f} tokens/s")
+    labels = list(dict.fromkeys(backends.values()))
+    for label in labels:
+        dense = next(row for row in rows if row.engine == label)
+        for row in rows:
+            row.speedups[label] = row.tokens_per_s / dense.tokens_per_s
+    console.print(_table(args, rows, labels))
     if args.json:
         report = {
             "fasa_sglang": __version__,
             "sglang": version("sglang"),
             "device": device_name(),
-            "settings": {key: value for key, value in vars(args).items() if key != "json"},
-            "runs": [asdict(each) for each in runs],
+            "baselines": backends,
+            "settings": {
+                key: value for key, value in vars(args).items() if key not in ("json", "baseline")
+            },
+            "rows": [asdict(row) for row in rows],
         }
         Path(args.json).write_text(json.dumps(report, indent=2, default=str) + "\n")
 
 
+def _settings(args: argparse.Namespace, shape: ModelShape, work: Path) -> dict[str, Any]:
+    """FASA settings of the server; writes its calibration."""
+    calibration = str(work / "calibration.safetensors")
+    any_chunks(shape, shape.default_num_fcs).save(calibration)
+    return {
+        "calibration": calibration,
+        "budget": args.budget,
+        "max_budget": args.budget,
+        # Pruning needs sparse steps to judge the tokens, so these must start early enough.
+        "min_seq_len": min(FasaConfig.min_seq_len, args.prompt_tokens + args.prune_budget),
+        "prune_interval": args.prune_interval,
+        "prune_admission": True,
+    }
+
+
+def label_share(shape: ModelShape) -> float:
+    """Bytes of a token's labels over those of its keys and values, with the default settings."""
+    plan = LayerPlan.of_model(shape.num_layers, FasaConfig.num_dense_layers)
+    label_bytes = LABEL_FORMATS[FasaConfig.label_dtype].bytes_per_token(
+        len(plan.selecting), shape.num_kv_heads, shape.default_num_fcs
+    )
+    elements = 2 * shape.num_layers * shape.num_kv_heads * shape.rope.head_dim
+    return label_bytes / (elements * KV_ELEMENT_BYTES)
+
+
 def _measure(
-    engine: Any, name: str, pool: int, count: int, fasa: Any, args: argparse.Namespace
-) -> Run:
-    draw = random.Random(0)
+    engine: Any, label: str, pool: int, count: int, fasa: Any, args: argparse.Namespace
+) -> Row:
+    rng = random.Random(0)
     prompts = [
-        [draw.randrange(1000, 40000) for _ in range(args.prompt_tokens)] for _ in range(count)
+        [rng.randrange(1000, 40000) for _ in range(args.prompt_tokens)] for _ in range(count)
     ]
-    # Compiles what the first step of each kind compiles.
+    # The first steps of each kind compile kernels.
     engine.loop.run_until_complete(_send(engine, prompts[0][:64], fasa, 8))
 
-    async def together() -> list[tuple[float, float, dict[str, Any]]]:
+    async def send_all() -> list[tuple[float, float, dict[str, Any]]]:
         sent = (_send(engine, prompt, fasa, args.output_tokens) for prompt in prompts)
         return await asyncio.gather(*sent)
 
     begin = time.perf_counter()
-    replies = engine.loop.run_until_complete(together())
+    replies = engine.loop.run_until_complete(send_all())
     seconds = time.perf_counter() - begin
     metas = [reply["meta_info"] for _, _, reply in replies]
-    lost = sum(meta.get("num_retractions", 0) for meta in metas)
-    short = [meta["completion_tokens"] for meta in metas if _is_short(meta, args.output_tokens)]
-    at_once = max(
-        sum(first <= begun <= last for first, last, _ in replies) for begun, _, _ in replies
+    retracted = sum(meta.get("num_retractions", 0) for meta in metas)
+    short = sum(meta["completion_tokens"] < args.output_tokens for meta in metas)
+    concurrent = max(
+        sum(first <= start <= last for first, last, _ in replies) for start, _, _ in replies
     )
-    if lost or short or at_once < count:
+    if retracted or short or concurrent < count:
         raise FasaError(
-            f"{name}: {lost} requests lost their slots, {len(short)} ended early and {at_once} ran "
-            f"at once, so that {count} do not fit in {pool} tokens"
+            f"{label}: {retracted} requests were retracted, {short} ended early and {concurrent} "
+            f"ran together, so {count} requests do not fit in {pool} tokens; lower --fits or "
+            "--prune-budget"
         )
-    return Run(
-        name,
-        pool,
-        count,
-        seconds,
-        count * args.output_tokens / seconds,
-        at_once,
-        sum((meta.get("fasa") or {}).get("pruned_tokens", 0) for meta in metas),
+    return Row(
+        engine=label,
+        pool_tokens=pool,
+        requests=count,
+        seconds=seconds,
+        tokens_per_s=count * args.output_tokens / seconds,
+        concurrent=concurrent,
+        pruned_tokens=sum((meta.get("fasa") or {}).get("pruned_tokens", 0) for meta in metas),
     )
-
-
-def _is_short(meta: dict[str, Any], tokens: int) -> bool:
-    return bool(meta["completion_tokens"] < tokens)
 
 
 async def _send(
     engine: Any, prompt: list[int], fasa: Any, tokens: int
 ) -> tuple[float, float, dict[str, Any]]:
-    """When the first and the last piece of a reply came, and the reply."""
+    """Arrival times of the first and the last piece of a reply, and the reply."""
     params: dict[str, Any] = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
-    params["custom_params"] = {"fasa": fasa}
+    if fasa is not None:
+        params["custom_params"] = {"fasa": fasa}
     stream = await engine.async_generate(input_ids=prompt, sampling_params=params, stream=True)
     pieces = [(time.perf_counter(), piece) async for piece in stream]
     return pieces[0][0], pieces[-1][0], pieces[-1][1]
 
 
-def _table(args: argparse.Namespace, runs: list[Run]) -> Table:
+def _table(args: argparse.Namespace, rows: list[Row], baselines: list[str]) -> Table:
     table = Table(
         title=f"{args.shape}, prompts of {args.prompt_tokens}, replies of {args.output_tokens} "
-        f"tokens, {device_name()}"
+        f"tokens, {device_name()}; x: tokens/s over those of the baseline"
     )
-    for column in ("run", "pool", "requests", "at once", "seconds", "tokens/s", "pruned", "x"):
+    columns = ("engine", "pool", "requests", "concurrent", "seconds", "tokens/s", "pruned")
+    for column in (*columns, *(f"x {label}" for label in baselines)):
         table.add_column(column, justify="right")
-    for each in runs:
+    for row in rows:
         table.add_row(
-            each.backend,
-            str(each.pool_tokens),
-            str(each.requests),
-            str(each.at_once),
-            f"{each.seconds:.1f}",
-            f"{each.tokens_per_s:.0f}",
-            str(each.pruned_tokens),
-            f"{each.tokens_per_s / runs[0].tokens_per_s:.2f}",
+            row.engine,
+            str(row.pool_tokens),
+            str(row.requests),
+            str(row.concurrent),
+            f"{row.seconds:.1f}",
+            f"{row.tokens_per_s:.0f}",
+            str(row.pruned_tokens),
+            *(f"{row.speedups[label]:.2f}" for label in baselines),
         )
     return table

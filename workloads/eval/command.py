@@ -1,338 +1,221 @@
-"""``fasa eval``: what sparse decoding does to a model's answers, beside dense and null baselines.
+"""``fasa eval``: how sparse decoding changes a model's answers, next to dense and null baselines.
 
-Every sample is decoded densely and with every selector at every budget, by the server that serves
-the model, and compared pair by pair.
+Every sample is decoded densely and with every selector at every budget, by the same server, and
+compared pair by pair.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
-from importlib.metadata import version
+import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
 
 from fasa_sglang import __version__
 from fasa_sglang.calibration import corpus
 from fasa_sglang.calibration_cache import model_fingerprint
-from fasa_sglang.calibration_file import FORMAT
 from fasa_sglang.errors import FasaError
 from fasa_sglang.selectors import SELECTORS
-from fasa_sglang.workloads.eval.pooled import pool, pool_tables
-from fasa_sglang.workloads.eval.results import (
-    SUMMARY,
-    Results,
-    compare,
-    folder_name,
-    summarise,
-    summary_table,
-)
-from fasa_sglang.workloads.eval.settings import (
-    DENSE,
-    Setting,
-    json_object,
-    needs_choosing,
-    parse_settings,
-)
-from fasa_sglang.workloads.eval.tasks import find_task
-from fasa_sglang.workloads.eval.tasks.base import Options, Session, Task
+from fasa_sglang.workloads.eval.decode import Job, Run, decode
+from fasa_sglang.workloads.eval.report import report_comparison, report_pool, report_task
+from fasa_sglang.workloads.eval.results import Results, folder_name
+from fasa_sglang.workloads.eval.server_identity import of_running_server, of_started_server
+from fasa_sglang.workloads.eval.settings import json_object, needs_choosing, parse_settings
+from fasa_sglang.workloads.eval.task import HARNESSES, Options, Task, TaskOption
+from fasa_sglang.workloads.eval.tasks import find_task, task_classes, task_names
 from fasa_sglang.workloads.models.packaged import MODEL_HELP, find_model
-from fasa_sglang.workloads.models.shapes import load_config, load_tokenizer
-from fasa_sglang.workloads.plots import plot_budgets, plot_depths
-from fasa_sglang.workloads.serving.client import server_info
-from fasa_sglang.workloads.serving.server import running_server, server_url
+from fasa_sglang.workloads.models.shapes import load_tokenizer
+from fasa_sglang.workloads.serving.server import given_or_running_server, server_url
 
 COMPARE, POOL = "compare", "pool"
+# Options that a comparison and a pool have; all others belong to tasks.
+VERB_OPTIONS: dict[str, tuple[str, ...]] = {COMPARE: (), POOL: ("out", "min_dense")}
+# Options that describe the server that this command starts.
+SERVER_OPTIONS = ("settings", "calibration", "flags")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
+    """Declare the command's arguments, those of the tasks included."""
+    harnesses = " or ".join(harness.harness for harness in HARNESSES)
     parser.add_argument(
         "tasks",
         nargs="+",
         metavar="TASK",
-        help="perplexity, agreement, needle, write-once, cloze, agent, or a task of sgl-eval or "
-        "lm-eval; or: compare FOLDER FOLDER; or: pool FOLDER...",
+        help=f"{', '.join(task_names())}, or a task of {harnesses}; or: compare FOLDER FOLDER; "
+        "or: pool FOLDER...",
     )
     parser.add_argument("--model", default="smollm2", help=MODEL_HELP)
-    parser.add_argument("--base-url", metavar="URL", help="of a server that runs, with FASA")
     parser.add_argument("--selectors", default="fasa", help=f"of {','.join(SELECTORS)}")
-    parser.add_argument("--budgets", default="128,256,512,1024,2048", help="tokens per KV head")
-    parser.add_argument("--limit", type=int, default=100, help="most samples or problems of a task")
-    parser.add_argument("--samples", type=int, default=1, help="replies per problem of sgl-eval's")
-    parser.add_argument("--length", type=int, default=4096, help="tokens of prompts that are made")
-    parser.add_argument("--max-tokens", type=int, help="of a reply; default: the task's own")
     parser.add_argument(
-        "--temperature",
-        type=float,
-        default=0.0,
-        help="of sgl-eval's tasks, and of agreement's continuations",
+        "--budgets", default="128,256,512,1024,2048", help="tokens per (request, KV head)"
     )
+    parser.add_argument("--limit", type=int, default=100, help="largest number of samples per task")
+    parser.add_argument("--length", type=int, default=4096, help="prompt length, in tokens")
+    parser.add_argument("--max-tokens", type=int, help="reply length; default: the task's own")
     parser.add_argument(
-        "--repetition-penalty",
-        type=float,
-        default=1.0,
-        help="of agreement's continuations",
-    )
-    parser.add_argument(
-        "--ignore-eos",
-        action="store_true",
-        help="agreement's continuations go on where the model would end them",
+        "--temperature", type=float, default=0.0, help="of tasks that sample their replies"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--text", metavar="FILE", help="text of made prompts; default: Python's own"
+        "--text", metavar="FILE", help="text to build prompts from; default: Python's reference"
     )
-    parser.add_argument("--calibration", metavar="FILE", help="default: made once and kept")
-    parser.add_argument("--settings", type=json_object, default={}, metavar="JSON", help="server's")
     parser.add_argument(
-        "--request", type=json_object, default={}, metavar="JSON", help="request keys"
+        "--request",
+        type=json_object,
+        default={},
+        metavar="JSON",
+        help="extra fasa request keys, as JSON",
     )
-    parser.add_argument("--concurrency", type=int, help="requests at once; default: 16, on a CPU 1")
-    parser.add_argument("--out", metavar="FOLDER", default="results", help="results go below it")
     parser.add_argument(
-        "--min-dense", type=float, default=0.0, help="pool only tasks of which dense gets as much"
+        "--concurrency", type=int, help="requests in flight; default: 16 on a GPU, 1 on a CPU"
     )
-    parser.add_argument("--flags", default="", help="further flags of SGLang, in one string")
-
-
-@dataclass
-class Job:
-    """One task with its results folder."""
-
-    task: Task
-    results: Results
-    rows_per_setting: int
+    parser.add_argument("--out", metavar="FOLDER", default="results", help="parent of the results")
+    server = parser.add_argument_group("server")
+    server.add_argument("--base-url", metavar="URL", help="address of a running server with FASA")
+    server.add_argument(
+        "--settings",
+        type=json_object,
+        default={},
+        metavar="JSON",
+        help="FASA server settings, as JSON",
+    )
+    server.add_argument("--calibration", metavar="FILE", help="default: calibrate once and cache")
+    server.add_argument("--flags", default="", help="further flags of SGLang, in one string")
+    pool = parser.add_argument_group(POOL)
+    pool.add_argument(
+        "--min-dense",
+        type=float,
+        default=0.0,
+        help="leave out tasks where dense decoding scores below this",
+    )
+    for title, options in _task_options().items():
+        group = parser.add_argument_group(title)
+        for option in options:
+            kind: dict[str, Any] = {"action": "store_true"}
+            if option.default is not False:
+                kind = {"type": type(option.default), "default": option.default}
+            group.add_argument(option.flag, help=option.help, **kind)
+    # To tell which options were given.
+    parser.set_defaults(parser=parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Run the command.
 
     Raises:
-        FasaError: A task, a dataset, a setting or the server cannot be had, or rows differ in their
-            conditions.
+        FasaError: A task, a dataset, a setting or the server is not available, an option does not
+            apply, or rows were measured under different conditions.
     """
     console = Console(width=160)
-    if args.tasks[0] == COMPARE:
-        _compare(args.tasks[1:], console)
+    verb, *folders = args.tasks
+    if verb in VERB_OPTIONS:
+        own = {"command", "parser", "tasks", *VERB_OPTIONS[verb]}
+        _refuse(args, [name for name in vars(args) if name not in own], f"fasa eval {verb}")
+        if verb == COMPARE:
+            report_comparison(folders, console)
+        else:
+            report_pool(folders, Path(args.out), args.min_dense, console)
         return
-    if args.tasks[0] == POOL:
-        _pool(args.tasks[1:], args, console)
-        return
+    _refuse(args, ["min_dense"], "a task; it belongs to fasa eval pool")
+    if args.base_url:
+        _refuse(args, SERVER_OPTIONS, "the running server of --base-url, which has its own")
+    _evaluate(args, console)
+
+
+def _evaluate(args: argparse.Namespace, console: Console) -> None:
     settings = parse_settings(args.selectors, args.budgets)
     tasks = [find_task(name) for name in args.tasks]
+    names = [option.name for group in _task_options().values() for option in group]
+    allowed = {option.name for task in tasks for option in task.task_options}
+    others = [name for name in names if name not in allowed]
+    _refuse(args, others, ", ".join(task.name for task in tasks))
     model = find_model(args.model)
     tokenizer = load_tokenizer(model)
-    text = corpus.text_file(args.text) if args.text else corpus.default_text()
     options = Options(
-        args.limit,
-        args.samples,
-        args.length,
-        args.max_tokens,
-        args.seed,
-        args.temperature,
-        args.repetition_penalty,
-        args.ignore_eos,
-        text,
+        limit=args.limit,
+        length=args.length,
+        seed=args.seed,
+        text=corpus.text_file(args.text) if args.text else corpus.default_text(),
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        own={name: getattr(args, name) for name in names},
     )
-    jobs = [_job(task, model, tokenizer, options, args) for task in tasks]
+    concurrency = args.concurrency or (16 if torch.cuda.is_available() else 1)
+    work = Run(model, tokenizer, settings, options, args.request, concurrency)
+    fasa = _server_settings(work, args)
+    if args.base_url:
+        identity = of_running_server(server_url(args.base_url), model, settings)
+    else:
+        identity = of_started_server(model, fasa)
+    jobs = [_job(task, work, identity, args) for task in tasks]
+    flags = ["--settings", json.dumps(fasa), *_server_flags(work, args)]
     try:
-        _decode(jobs, settings, model, tokenizer, options, args)
+        decode(jobs, work, given_or_running_server(args.base_url, model, *flags))
     except KeyboardInterrupt:
-        raise FasaError("interrupted; all samples that came back are kept, run it again") from None
+        raise FasaError(
+            "interrupted; all finished samples are saved, run the command again to continue"
+        ) from None
     finally:
         for job in jobs:
             job.results.close()
             if job.results.rows:
-                _report(job, console)
+                report_task(job.task, job.results, console)
 
 
-def _job(task: Task, model: str, tokenizer: Any, options: Options, args: Any) -> Job:
+def _job(task: Task, work: Run, identity: dict[str, Any], args: argparse.Namespace) -> Job:
     conditions = {
         "task": task.name,
-        "model": f"{Path(model).name} {model_fingerprint(model)}",
-        "limit": options.limit,
-        **task.conditions(options),
-        "server": args.settings,
-        "request": args.request,
-        # Of a kept one the model is said above, and the format says what the defaults were.
-        "calibration": _sha256(args.calibration) or f"kept, format {FORMAT}",
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "model": f"{Path(work.model).name} {model_fingerprint(work.model)}",
+        "limit": work.options.limit,
+        **task.conditions(work.options),
+        "request": work.request,
+        **identity,
         "fasa_sglang": __version__,
-        "sglang": version("sglang"),
     }
-    results = Results(Path(args.out) / folder_name(task.name, model, conditions), conditions)
-    return Job(task, results, task.prepare(tokenizer, options))
+    folder = Path(args.out) / folder_name(task.name, work.model, conditions)
+    return Job(task, Results(folder, conditions), task.prepare(work.tokenizer, work.options))
 
 
-def _sha256(path: str | None) -> str | None:
-    if path is None:
-        return None
-    try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
-    except OSError as error:
-        raise FasaError(f"cannot read the calibration {path} ({error.strerror})") from error
-
-
-def _decode(
-    jobs: list[Job],
-    settings: list[Setting],
-    model: str,
-    tokenizer: Any,
-    options: Options,
-    args: argparse.Namespace,
-) -> None:
-    on_gpu = torch.cuda.is_available()
-    concurrency = args.concurrency or (16 if on_gpu else 1)
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        # As it is now: a harness may have it redirected while it runs.
-        console=Console(file=sys.stderr),
-    )
-    total = sum(job.rows_per_setting for job in jobs) * len(settings)
-    names = {setting.name for setting in settings}
-    done = sum(row.setting in names for job in jobs for row in job.results.rows)
-    with progress:
-        bar = progress.add_task("starting the server", total=total, completed=done)
-        if all(_complete(job, settings) for job in jobs):
-            return
-        with _server(model, settings, concurrency, args) as url:
-            context_len = _context_len(model, url)
-            asked = partial(_asked, args.seed, args.request, needs_choosing(settings))
-            for job in jobs:
-                session = Session(
-                    url,
-                    job.results,
-                    tokenizer,
-                    context_len,
-                    concurrency,
-                    options,
-                    asked,
-                    lambda: progress.advance(bar),
-                )
-                progress.update(bar, description=job.task.name)
-                job.task.evaluate(settings, session)
-
-
-def _asked(seed: int, more: dict[str, Any], choosing: bool, setting: Setting) -> Any:
-    return setting.fasa(seed, more, choosing)
-
-
-def _complete(job: Job, settings: list[Setting]) -> bool:
-    names = [row.setting for row in job.results.rows]
-    return all(names.count(setting.name) >= job.rows_per_setting for setting in settings)
-
-
-@contextmanager
-def _server(
-    model: str, settings: list[Setting], concurrency: int, args: argparse.Namespace
-) -> Iterator[str]:
-    """The address of the server given, or of one that runs for the time of the block."""
-    if args.base_url:
-        yield server_url(args.base_url)
-        return
-    budgets = [setting.budget for setting in settings if setting.budget is not None]
+def _server_settings(work: Run, args: argparse.Namespace) -> dict[str, Any]:
+    """FASA settings of a server that is started for this evaluation."""
+    budgets = [setting.budget for setting in work.settings if setting.budget is not None]
     fasa: dict[str, Any] = {"min_seq_len": 0, "max_budget": max(4096, *budgets, 0)}
-    if needs_choosing(settings):
+    if needs_choosing(work.settings):
         fasa["selector"] = "any"
-    flags = ["--settings", json.dumps({**fasa, **args.settings})]
-    flags += ["--enable-custom-logit-processor", "--max-running-requests", str(concurrency)]
-    if needs_choosing(settings) and torch.cuda.is_available():
+    if args.calibration:
+        fasa["calibration"] = args.calibration
+    return {**fasa, **args.settings}
+
+
+def _server_flags(work: Run, args: argparse.Namespace) -> list[str]:
+    flags = ["--enable-custom-logit-processor", "--max-running-requests", str(work.concurrency)]
+    if needs_choosing(work.settings) and torch.cuda.is_available():
         for phase in ("decode", "prefill"):
             flags += [f"--cuda-graph-backend-{phase}", "disabled"]
-    if args.calibration:
-        flags += ["--calibration", args.calibration]
-    with running_server(model, *flags, *args.flags.split()) as url:
-        yield url
+    return [*flags, *shlex.split(args.flags)]
 
 
-def _context_len(model: str, url: str) -> int:
-    """Most tokens of a request that model and server hold."""
-    longest = load_config(model).get_text_config().max_position_embeddings
-    return min(longest, server_info(url).get("max_total_num_tokens") or longest)
+def _task_options() -> dict[str, tuple[TaskOption, ...]]:
+    """The options that tasks declare themselves, by the name of the task or harness."""
+    return {
+        getattr(task, "harness", None) or task.name: tuple(task.task_options)
+        for task in task_classes()
+        if task.task_options
+    }
 
 
-def _report(job: Job, console: Console) -> None:
-    """Print, draw and write what the rows add up to."""
-    results, metrics = job.results, job.task.metrics
-    entries = summarise(results.rows, metrics)
-    console.print(summary_table(f"{job.task.name}: {results.folder}", entries, metrics))
-    report = {"conditions": results.conditions, "settings": entries}
-    (results.folder / SUMMARY).write_text(json.dumps(report, indent=2) + "\n")
-    for metric in metrics:
-        if any(metric in entry for entry in entries if entry["setting"] != DENSE):
-            plot_budgets(entries, metric, str(results.folder / f"{metric}.png"))
-    if all("depth" in row.info for row in results.rows):
-        for entry in entries:
-            _draw_depths(job, entry["setting"])
+def _refuse(args: argparse.Namespace, names: Iterable[str], place: str) -> None:
+    """Refuse options that were given but have no effect.
 
-
-def _draw_depths(job: Job, setting: str) -> None:
-    metric = job.task.metrics[0]
-    found: dict[tuple[float, int], list[float]] = {}
-    for row in job.results.rows:
-        if row.setting == setting:
-            cell = (row.info["depth"], row.info["length"])
-            found.setdefault(cell, []).append(row.metrics[metric])
-    means = {cell: sum(values) / len(values) for cell, values in found.items()}
-    path = job.results.folder / f"depths-{setting}.png"
-    plot_depths(means, metric, setting, str(path))
-
-
-def _pool(folders: list[str], args: argparse.Namespace, console: Console) -> None:
-    if len(folders) < 2:
-        raise FasaError(f"pool takes two or more results folders, got {len(folders)}")
-    pooled = pool([Path(folder) for folder in folders], args.min_dense)
-    for table in pool_tables(pooled):
-        console.print(table)
-    for task, reason in pooled.left_out.items():
-        console.print(f"{task} is left out: {reason}")
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    plot_budgets(pooled.entries, pooled.metric, str(out / f"{pooled.metric}.png"))
-    report = {"pooled": folders, "left_out": pooled.left_out, "settings": pooled.entries}
-    (out / SUMMARY).write_text(json.dumps(report, indent=2) + "\n")
-
-
-def _compare(folders: list[str], console: Console) -> None:
-    if len(folders) != 2:
-        raise FasaError(f"compare takes two results folders, got {len(folders)}")
-    changed, entries = compare(Path(folders[0]), Path(folders[1]))
-    table = Table(title=f"{folders[1]} less {folders[0]}")
-    for heading in ("setting", "metric", "samples", "one", "other", "difference (95 %)"):
-        table.add_column(heading, justify="right")
-    for entry in entries:
-        low, high = entry["interval"]
-        table.add_row(
-            entry["setting"],
-            entry["metric"],
-            str(entry["samples"]),
-            f"{entry['one']:.4f}",
-            f"{entry['other']:.4f}",
-            f"{entry['difference']:+.4f} ({low:+.4f} to {high:+.4f})",
-        )
-    console.print(table)
-    for key, (one, other) in changed.items():
-        console.print(f"{key}: {one} against {other}")
+    Raises:
+        FasaError: Names the first one.
+    """
+    for name in names:
+        if getattr(args, name) != args.parser.get_default(name):
+            flag = f"--{name.replace('_', '-')}"
+            raise FasaError(f"{flag} does not apply to {place}; leave it out")

@@ -1,4 +1,4 @@
-"""What one run of an evaluation asks of the server: dense, or a selector with a budget."""
+"""What one run of an evaluation requests from the server: dense decoding, or a selector's."""
 
 from __future__ import annotations
 
@@ -28,28 +28,41 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """As rows and tables call it."""
+        """The setting's name in rows and tables, such as ``fasa-512``."""
         return DENSE if self.budget is None else f"{self.selector}-{self.budget}"
 
-    def fasa(self, seed: int, more: Mapping[str, Any], choosing: bool) -> Any:
-        """The request's ``fasa``.
+    @classmethod
+    def from_name(cls, name: str) -> Setting:
+        """The inverse of ``name``."""
+        if name == DENSE:
+            return cls(DENSE)
+        selector, _, budget = name.rpartition("-")
+        return cls(selector, int(budget))
+
+    @property
+    def order(self) -> tuple[bool, str, int]:
+        """Sort key: dense first, then by selector, with rising budgets."""
+        return self.budget is not None, self.selector, self.budget or 0
+
+    def fasa(self, seed: int, request: Mapping[str, Any], choosing: bool) -> Any:
+        """The request's ``fasa`` parameter.
 
         Args:
-            seed: Of the ``random`` selector.
-            more: Further request keys.
+            seed: Seed of the ``random`` selector.
+            request: Further request keys.
             choosing: Whether the server lets requests choose their selector.
         """
         if self.budget is None:
             return False
-        chosen = {"selector": self.selector, "seed": seed} if choosing else {}
-        return {**more, "budget": self.budget, **chosen}
+        selector = {"selector": self.selector, "seed": seed} if choosing else {}
+        return {**request, "budget": self.budget, **selector}
 
 
 def parse_settings(selectors: str, budgets: str) -> list[Setting]:
     """Every selector with every budget, dense first.
 
     Raises:
-        FasaError: An unknown selector, or a budget that is no positive integer.
+        FasaError: A selector is unknown, or a budget is not a positive integer.
     """
     names = selectors.split(",")
     for name in names:
@@ -71,11 +84,11 @@ def needs_choosing(settings: Sequence[Setting]) -> bool:
 
 
 def json_object(text: str) -> dict[str, Any]:
-    """For argparse: an option that holds a JSON object."""
+    """The argparse type of an option that takes a JSON object."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"no valid JSON ({error})") from error
+        raise argparse.ArgumentTypeError(f"invalid JSON ({error})") from error
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r:.80}")
     return value

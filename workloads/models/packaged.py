@@ -1,4 +1,4 @@
-"""Small real models that come as Python packages, so that no model hub is needed."""
+"""Small real models that are published as Python packages, so that no model hub is needed."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ import torch
 
 from fasa_sglang.calibration_cache import cache_dir
 from fasa_sglang.errors import FasaError
+from fasa_sglang.workloads.publish import published
 
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A GGUF file inside of wheels.
+    """A GGUF file that is split over the wheels of one or more packages.
 
     Args:
-        name: Of the Hugging Face folder that is made of it.
-        parts: Package with version and the file in its wheel, in the order of the GGUF file.
-        sha256: Of the whole GGUF file.
-        size: What is downloaded, for the progress line.
+        name: Name of the Hugging Face folder that the file is converted to.
+        parts: Package with version, and the file in its wheel, in the order of the GGUF file.
+        sha256: Hash of the whole GGUF file.
+        size: Download size, for the progress line.
     """
 
     name: str
@@ -35,7 +36,7 @@ class PackagedModel:
     size: str
 
 
-# What ``--model`` takes.
+# Help text of every ``--model`` option.
 MODEL_HELP = "folder, hub name, smollm2 or qwen-coder; default: smollm2"
 PACKAGED = {
     "smollm2": PackagedModel(
@@ -57,24 +58,25 @@ PACKAGED = {
 
 
 def find_model(name: str) -> str:
-    """A model as a user names it: one of ``PACKAGED``, a folder or a hub name.
+    """Resolve the name that a user gave: one of ``PACKAGED``, a folder or a hub name.
 
     Returns:
-        What SGLang and transformers take.
+        A folder or hub name for SGLang and transformers.
 
     Raises:
-        FasaError: A packaged model cannot be had.
+        FasaError: A packaged model cannot be downloaded.
     """
     return str(packaged_model(name)) if name in PACKAGED else name
 
 
 def packaged_model(name: str) -> Path:
-    """The Hugging Face folder of a packaged model, made at the first call.
+    """The Hugging Face folder of a packaged model.
 
-    Downloads it with pip, dequantises the weights to bfloat16 and keeps these.
+    The first call downloads the packages with pip, dequantises the weights to bfloat16 and caches
+    the folder for the user.
 
     Raises:
-        FasaError: A package cannot be had, or its file is not the expected one.
+        FasaError: A package cannot be downloaded, or its file is not the expected one.
     """
     model = PACKAGED[name]
     folder = cache_dir() / model.name
@@ -84,24 +86,18 @@ def packaged_model(name: str) -> Path:
     print(f"fetching {model.name}, {model.size}, from the package index", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
         gguf = _download(model, Path(work))
-        made = Path(work) / "model"
-        dequantise(gguf, made)
-        # At once, and the first of two runs wins: the other may be reading already.
-        try:
-            made.rename(folder)
-        except OSError:
-            if not (folder / "config.json").exists():
-                raise
+        with published(folder) as part:
+            dequantise(gguf, part)
     return folder
 
 
 def dequantise(gguf: Path, folder: Path) -> None:
-    """Write a GGUF file as a Hugging Face folder in bfloat16."""
+    """Convert a GGUF file to a Hugging Face folder in bfloat16."""
     import transformers
 
     arguments: dict[str, Any] = {"gguf_file": gguf.name, "dtype": torch.bfloat16}
     if hasattr(transformers, "GgufConfig"):
-        # From 5.19 on the weights stay quantised unless asked otherwise.
+        # From 5.19 on, the weights stay quantised unless told otherwise.
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, **arguments)
     model.save_pretrained(folder)
@@ -122,17 +118,19 @@ def _download(model: PackagedModel, work: Path) -> Path:
         digest = hashlib.file_digest(whole, "sha256").hexdigest()
     if digest != model.sha256:
         raise FasaError(
-            f"the packages of {model.name} hold a file with sha256 {digest}, expected "
+            f"the packages of {model.name} have a file with sha256 {digest}, expected "
             f"{model.sha256}; give a model folder or hub name with --model"
         )
     return gguf
 
 
 def _pip_download(package: str, work: Path) -> None:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(work)]
-    done = subprocess.run([*command, package], capture_output=True, text=True)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+    # Wheels only: building a source package would run its code before the checksum is compared.
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += ["--only-binary=:all:", "-d", str(work), package]
+    pip = subprocess.run(command, capture_output=True, text=True)
+    if pip.returncode:
+        reason = (pip.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
         raise FasaError(
             f"cannot download {package} from the package index ({reason}); "
             "give a model folder or hub name with --model"

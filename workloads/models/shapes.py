@@ -1,4 +1,4 @@
-"""Shapes of well-known models for runs with random weights, and what a model's folder says."""
+"""Shapes of well-known models for runs with random weights; configs and tokenizers of models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from fasa_sglang.dominant_fcs import DominantFCs, ModelShape
 from fasa_sglang.errors import FasaError
 
-# Shapes of well-known models, as Hugging Face writes them, for runs with random weights.
+# Hugging Face configs.
 SHAPES: dict[str, dict[str, Any]] = {
     "llama3.1-8b": {
         "architectures": ["LlamaForCausalLM"],
@@ -55,18 +55,19 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-# Largest key of such a model whose embeddings are spread; see bench_serve.
+# Label scale of a model with random weights, for ``bench.dummy_model.spread_keys``: the largest
+# magnitude of its keys.
 KEY_SPREAD = 0.15
 
 
 def write_shape(shape: str, folder: Path) -> None:
-    """Write the ``config.json`` of one of ``SHAPES``, to be served with dummy weights."""
+    """Write the ``config.json`` of one of ``SHAPES``, to serve it with dummy weights."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(SHAPES[shape], indent=2))
 
 
 def any_chunks(shape: ModelShape, num_fcs: int) -> DominantFCs:
-    """A calibration for a model with random weights, where one chunk is as good as another."""
+    """A calibration for a model with random weights, where all chunks are equally good."""
     heads = (shape.num_layers, shape.num_kv_heads)
     chunks = shape.rope.num_chunks
     keys = torch.zeros(*heads, shape.rope.head_dim)
@@ -91,7 +92,7 @@ def load_tokenizer(model: str) -> Any:
     """The tokenizer of a folder or hub name.
 
     Raises:
-        FasaError: There is none.
+        FasaError: The model has no tokenizer.
     """
     from transformers import AutoTokenizer
 

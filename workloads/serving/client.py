@@ -1,4 +1,4 @@
-"""The requests of an evaluation to a running SGLang server."""
+"""Asynchronous requests to a running SGLang server."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import httpx
 
 from fasa_sglang.errors import FasaError
 
-# Long replies of a CPU server take this long.
+# A long reply of a CPU server can take this long.
 TIMEOUT_SEC = 3600
 
 
 class ServerEndedError(FasaError):
-    """The server went away; what was written is kept and a rerun goes on."""
+    """The server ended during a run; results so far are on disk, and a rerun continues."""
 
 
 class Client:
@@ -22,16 +22,16 @@ class Client:
 
     Args:
         url: The server's address, without a path.
-        concurrency: Most requests at once.
+        concurrency: Largest number of requests in flight.
     """
 
     def __init__(self, url: str, concurrency: int) -> None:
         self.url = url
-        self._at_once = asyncio.Semaphore(concurrency)
+        self._in_flight = asyncio.Semaphore(concurrency)
 
     async def __aenter__(self) -> Client:
-        # No limit of connections: the semaphore is the limit. None is used twice: SGLang closes
-        # one that was idle for 5 seconds, and a request sent just then is lost.
+        # The semaphore limits the connections. None is reused: SGLang closes a connection that was
+        # idle for 5 seconds, and a request sent at that moment is lost.
         limits = httpx.Limits(max_keepalive_connections=0)
         self._http = httpx.AsyncClient(timeout=TIMEOUT_SEC, limits=limits)
         return self
@@ -40,43 +40,29 @@ class Client:
         await self._http.aclose()
 
     async def generate(self, body: dict[str, Any]) -> dict[str, Any]:
-        """One ``/generate`` request.
+        """Send one ``/generate`` request.
 
         Args:
-            body: As SGLang's native API takes it.
+            body: The request body of SGLang's native API.
 
         Returns:
-            The reply.
+            The decoded JSON reply.
 
         Raises:
             FasaError: The server refused the request.
-            ServerEndedError: It does not answer any more.
+            ServerEndedError: The server stopped answering.
         """
-        async with self._at_once:
+        async with self._in_flight:
             try:
                 reply = await self._http.post(f"{self.url}/generate", json=body)
             except httpx.TransportError as error:
                 raise ServerEndedError(
                     f"the server at {self.url} stopped answering ({type(error).__name__}); all "
-                    "samples that came back are kept, run the command again to go on"
+                    "finished samples are saved, run the command again to continue"
                 ) from error
         if reply.status_code != 200:
             raise FasaError(f"the server refused a request: {_reason(reply)}")
         return reply.json()
-
-
-def server_info(url: str) -> dict[str, Any]:
-    """What the server says of itself.
-
-    Raises:
-        FasaError: No SGLang server answers there.
-    """
-    try:
-        reply = httpx.get(f"{url}/get_server_info", timeout=60)
-        reply.raise_for_status()
-        return reply.json()
-    except (httpx.HTTPError, ValueError) as error:
-        raise FasaError(f"no SGLang server answers at {url} ({error})") from error
 
 
 def _reason(reply: httpx.Response) -> str:

@@ -10,7 +10,7 @@ from sglang.srt.runtime_context import get_parallel
 
 from fasa_sglang.backend.attention.label_cache import LabelCache
 from fasa_sglang.backend.attention.variant import Variant
-from fasa_sglang.backend.metrics import Usage
+from fasa_sglang.backend.metrics import Usage, counts_requests
 from fasa_sglang.backend.pruner import Pruner
 from fasa_sglang.backend.served import load_dominant_fcs
 from fasa_sglang.backend.step import LaneStep, launch_step
@@ -68,7 +68,7 @@ class FasaBackend:
             LABEL_FORMATS[config.label_dtype],
         )
         labels = self.label_cache.labels
-        self.usage = Usage(runner.server_args, labels.nbytes, parallel.attn_tp_rank == 0)
+        self.usage = Usage(runner.server_args, labels.nbytes, counts_requests(parallel))
         self.pruner = Pruner(config, labels.shape[1], labels.device, self.usage)
         setattr(runner.req_to_token_pool, POOL_ATTRIBUTE, self.pruner)
         setattr(runner, RUNNER_ATTRIBUTE, self)

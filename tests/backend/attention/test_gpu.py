@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from fasa_sglang.selectors import SELECTORS
 from fasa_sglang.workloads.serving.engine import EAGER, flush_cache, running_engine
-from serving import agreeing_steps, divergence, generate, margins
+from serving import Agreement, agreeing_steps, generate, margins
 
 pytestmark = pytest.mark.gpu
 
@@ -23,11 +24,14 @@ COMMON = {
     "max_running_requests": 8,
 }
 COVERED = {"budget": 8192}
+# Share of steps that have to agree before a reply's first near tie. Replies of the random model
+# that attend to the wrong tokens differ within a few steps; a test below shows that they miss it.
+MIN_AGREEMENT = 1 / 3
 # A step of bfloat16 for logits from 16 to 32, as SmolLM2 has them. Each of two logits may be off by
-# one: SGLang's own backend parts with itself at such leads when the same prompts come in another
+# one: SGLang's own backend differs from itself at such leads when the same prompts come in another
 # order (of 64, 8 at one step and 1 at two).
 ROUNDING = 0.125
-# What each lane asks for, by the kind of batch it makes.
+# ``fasa`` of each lane, by the kind of batch.
 BATCHES: dict[str, list[Any]] = {
     "dense": [None] * 8,
     "sparse, covered": [COVERED] * 8,
@@ -50,9 +54,9 @@ def prompts() -> list[list[int]]:
     return [[draw.randrange(3, 8000) for _ in range(length)] for length in LENGTHS]
 
 
-def attends_to_all(asked: Any, length: int) -> bool:
+def attends_to_all(fasa: Any, length: int) -> bool:
     """Whether a request reads every token at every step."""
-    return not isinstance(asked, dict) or asked["budget"] >= length + NEW_TOKENS
+    return not isinstance(fasa, dict) or fasa["budget"] >= length + NEW_TOKENS
 
 
 @pytest.fixture(scope="module")
@@ -70,64 +74,71 @@ def engine(
     random_model: Path,
     random_calibration: str,
 ) -> Iterator[Any]:
-    """After ``dense``: one engine of a process at a time."""
+    """Started after ``dense`` has ended: a process runs one engine at a time."""
     settings = {"calibration": random_calibration, "min_seq_len": 0, "max_budget": 8192}
     extra = EAGER if request.param == "eager" else {}
     with running_engine(random_model, settings, **COMMON, **extra) as running:
         yield running
 
 
-def test_kinds_of_batches_alternate_at_one_size(engine: Any, dense: list[dict[str, Any]]) -> None:
-    """Every kind after every other: a graph that read another one's plan would show.
-
-    Lanes that read everything answer as SGLang's own backend does, whatever stands beside them.
-    """
-    order = [*BATCHES, *reversed(BATCHES), "mixed", "dense", "sparse", "dense"]
-    problems = []
-    for kind in order:
-        asked = BATCHES[kind]
-        replies = generate(engine, prompts(), asked, NEW_TOKENS, ignore_eos=True)
-        for i, (fasa, reply) in enumerate(zip(asked, replies, strict=True)):
-            report = reply["meta_info"]["fasa"]
-            assert report["sparse_steps"] == (NEW_TOKENS - 1 if fasa else 0)
-            if fasa is True or not attends_to_all(fasa, LENGTHS[i]):
-                continue
-            problem = divergence(dense[i], reply)
-            if problem:
-                problems.append(f"{kind}, fasa={fasa}: {problem}")
-    assert not problems, "\n".join(problems)
-
-
-def test_small_budgets_read_little_and_change_answers(
+def test_batches_of_alternating_kinds_equal_dense_where_they_attend_to_all(
     engine: Any, dense: list[dict[str, Any]]
 ) -> None:
-    """So that the equalities above are not idle."""
+    """Every kind follows every other, so a graph that reads another kind's plan would show."""
+    order = [*BATCHES, *reversed(BATCHES), "mixed", "dense", "sparse", "dense"]
+    agreement = Agreement()
+    for kind in order:
+        batch = BATCHES[kind]
+        replies = generate(engine, prompts(), batch, NEW_TOKENS, ignore_eos=True)
+        for i, (fasa, reply) in enumerate(zip(batch, replies, strict=True)):
+            report = reply["meta_info"]["fasa"]
+            assert report["sparse_steps"] == (NEW_TOKENS - 1 if fasa else 0)
+            if fasa is not True and attends_to_all(fasa, LENGTHS[i]):
+                agreement.compare(dense[i], reply, f"{kind}, fasa={fasa}")
+    agreement.require(MIN_AGREEMENT)
+
+
+def test_small_budgets_read_few_tokens_and_do_not_agree_with_dense(
+    engine: Any, dense: list[dict[str, Any]]
+) -> None:
+    """A backend that attends to the wrong tokens would not reach ``MIN_AGREEMENT``."""
     replies = generate(engine, prompts(), [{"budget": 64}] * 8, NEW_TOKENS, ignore_eos=True)
+    agreement = Agreement()
     for i, reply in enumerate(replies):
         ratio = reply["meta_info"]["fasa"]["kv_read_ratio"]
         assert (ratio < 0.5) == (LENGTHS[i] > 200), (LENGTHS[i], ratio)
-    assert replies[5]["output_ids"] != dense[5]["output_ids"]
+        if LENGTHS[i] > 200:
+            agreement.compare(dense[i], reply)
+    print(f"small budgets: {agreement.share:.1%} of steps agree with dense")
+    assert agreement.problems and agreement.share < MIN_AGREEMENT
 
 
 def test_batches_smaller_than_a_captured_one_are_padded(
     engine: Any, dense: list[dict[str, Any]]
 ) -> None:
+    agreement = Agreement()
     for count in (3, 5, 7):
-        asked = [COVERED, None, {**COVERED, "prefix": "full"}, *[COVERED] * 4][:count]
-        replies = generate(engine, prompts()[:count], asked, NEW_TOKENS, ignore_eos=True)
-        for i in range(count):
-            assert divergence(dense[i], replies[i]) is None
+        batch = [COVERED, None, {**COVERED, "prefix": "full"}, *[COVERED] * 4][:count]
+        replies = generate(engine, prompts()[:count], batch, NEW_TOKENS, ignore_eos=True)
+        for expected, reply in zip(dense, replies, strict=False):
+            agreement.compare(expected, reply, f"batch of {count}")
+    agreement.require(MIN_AGREEMENT)
 
 
 def test_labels_follow_slots_through_the_prefix_cache(engine: Any) -> None:
-    """A sparse follow-up answers alike, whoever filled the prefix and wherever its slots lie.
+    """Sparse follow-ups agree whichever request filled the prefix and wherever its slots lie.
 
-    Not to the last token: ties at the edge of the budget are broken as they come, a prefill of
-    another length rounds keys otherwise, and the random model turns either into other tokens after
-    some steps. How soon wrong labels would show, replies tell that select recent tokens only.
+    They do not agree to the last token: ties at the edge of the budget are broken in no order, a
+    prefill of another length rounds keys differently, and the random model turns either into other
+    tokens after some steps. Replies that select recent tokens only show how soon wrong labels would
+    tell.
     """
     shared, others = prompts()[4], prompts()[5]
-    asked: list[Any] = [{"budget": 128}, {"budget": 256, "prefix": "full"}, {"budget": 512}] * 2
+    parameters: list[Any] = [
+        {"budget": 128},
+        {"budget": 256, "prefix": "full"},
+        {"budget": 512},
+    ] * 2
     tails = [[11, 12, 13], [21] * 40, [31, 32], [41], [51, 52], [61] * 9]
 
     def fill(*requests: tuple[list[int], Any]) -> None:
@@ -137,7 +148,7 @@ def test_labels_follow_slots_through_the_prefix_cache(engine: Any) -> None:
 
     def follow_up(cached: bool, **more: Any) -> list[list[int]]:
         answers = []
-        for tail, fasa in zip(tails, asked, strict=True):
+        for tail, fasa in zip(tails, parameters, strict=True):
             if not cached:
                 flush_cache(engine)
             [reply] = generate(engine, [shared + tail], [{**fasa, **more}], 24, ignore_eos=True)
@@ -149,7 +160,7 @@ def test_labels_follow_slots_through_the_prefix_cache(engine: Any) -> None:
     fill((shared, None))
     runs = {"filled by a dense request": follow_up(cached=True)}
     fill((others, {"budget": 256}), (shared, {"budget": 128}))
-    runs["behind others"] = follow_up(cached=True)
+    runs["filled after other prompts"] = follow_up(cached=True)
     fill((shared, None))
     few = {"budget": 101, "recent": 100, "sink": 0, "prefix": "select"}
     runs["recent tokens"] = follow_up(cached=True, **few)
@@ -159,32 +170,44 @@ def test_labels_follow_slots_through_the_prefix_cache(engine: Any) -> None:
     assert min(steps.values()) > 3 * recent
 
 
-def test_comparison_selectors_share_a_batch_and_equal_dense_where_they_cover(
+def test_comparison_selectors_share_a_batch_and_each_has_its_own_effect(
     dense: list[dict[str, Any]], random_model: Path, random_calibration: str
 ) -> None:
-    """Every selector beside every other, dense and FASA among them, with and without the prompt."""
+    """Every selector beside every other, dense and FASA, with and without the whole prompt.
+
+    With covering budgets all of them equal dense; with small ones no two replies are equal.
+    """
     settings = {"calibration": random_calibration, "min_seq_len": 0, "max_budget": 8192}
     settings["selector"] = "any"
-    selectors = ["oracle", "streaming", "random", "quest", "paged"]
-    covering: list[Any] = [{**COVERED, "selector": name} for name in selectors]
-    covering += [{**COVERED, "selector": "per_head", "prefix": "full"}, None, COVERED]
-    small = [{**asked, "budget": 64} if asked else None for asked in covering]
+    names = [name for name in SELECTORS if name != "fasa"]
+    covering: list[Any] = [{**COVERED, "selector": name} for name in names]
+    covering[-1]["prefix"] = "full"
+    covering += [None, COVERED]
+    # The same long prompt in every lane, and each lane's own prompt.
+    same = [prompts()[4]] * (len(names) + 1)
+    small: list[Any] = [{"budget": 64, "selector": name} for name in SELECTORS]
+    lanes = [i % len(LENGTHS) for i in range(len(covering))]
     with running_engine(random_model, settings, **COMMON) as engine:
-        replies = generate(engine, prompts(), covering, NEW_TOKENS, ignore_eos=True)
-        few = generate(engine, prompts(), small, NEW_TOKENS, ignore_eos=True)
-    problems = [divergence(*pair) for pair in zip(dense, replies, strict=True)]
-    assert not any(problems), problems
-    assert all(reply["meta_info"]["fasa"]["kv_read_ratio"] < 0.7 for reply in few[3:5])
-    assert few[4]["output_ids"] != dense[4]["output_ids"]
+        batch = [prompts()[i] for i in lanes]
+        replies = generate(engine, batch, covering, NEW_TOKENS, ignore_eos=True)
+        sparse = generate(engine, same, small, NEW_TOKENS, ignore_eos=True)
+    agreement = Agreement()
+    for i, fasa, reply in zip(lanes, covering, replies, strict=True):
+        agreement.compare(dense[i], reply, f"fasa={fasa}")
+    agreement.require(MIN_AGREEMENT)
+    assert all(reply["meta_info"]["fasa"]["kv_read_ratio"] < 0.5 for reply in sparse)
+    answers = {name: reply["output_ids"] for name, reply in zip(SELECTORS, sparse, strict=True)}
+    answers["dense"] = dense[4]["output_ids"]
+    assert len({tuple(ids) for ids in answers.values()}) == len(answers), answers
 
 
 @pytest.mark.slow
 def test_real_weights_with_covering_budgets_equal_dense(
     smollm2_path: Path, tmp_path: Path, draw: Callable[[Any, Any], Any]
 ) -> None:
-    """Every token, up to a step at which dense's own lead is within bfloat16's rounding.
+    """Every token up to a step at which dense's own lead is within bfloat16's rounding.
 
-    Beside it, where dense parts with itself when its batches are others.
+    Most steps have to agree, nearly as many as those of two dense runs in different batches.
     """
     from transformers import AutoTokenizer
 
@@ -209,31 +232,39 @@ def test_real_weights_with_covering_budgets_equal_dense(
     with running_engine(smollm2_path, settings, **common) as engine:
         sparse = generate(engine, texts, [COVERED] * count, 64, ignore_eos=True)
     problems = []
+    sparse_steps = dense_steps = 0
     for expected, got, other in zip(dense, sparse, again, strict=True):
         assert got["meta_info"]["fasa"]["sparse_steps"] == 63
         leads = [*margins(expected), float("inf")]
         step, own = (agreeing_steps(expected["output_ids"], r["output_ids"]) for r in (got, other))
         tokens = expected["meta_info"]["prompt_tokens"]
         print(
-            f"{tokens} tokens: parts at step {step} with lead {leads[step]:.3f}, "
+            f"{tokens} tokens: differs at step {step} with lead {leads[step]:.3f}, "
             f"dense with itself at {own} with {leads[own]:.3f}"
         )
         if step < 64 and leads[step] > 2 * ROUNDING:
             problems.append(f"{tokens} tokens differ at step {step}, lead {leads[step]:.3f}")
+        sparse_steps, dense_steps = sparse_steps + step, dense_steps + own
+    print(f"of {64 * count} steps {sparse_steps} agree, {dense_steps} of dense with itself")
     assert not problems, "\n".join(problems)
+    assert sparse_steps > 0.8 * dense_steps
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "flags", "message"),
     [
-        ({}, {"kv_cache_dtype": "fp8_e4m3"}, "FASA needs keys of the model's"),
-        ({"selector": "oracle"}, {}, "selector 'oracle' ranks in torch and cannot be captured"),
-        ({}, {"cuda_graph_backend_decode": "breakable"}, "decode graphs are whole ones"),
+        ({}, {"kv_cache_dtype": "fp8_e4m3"}, "FASA needs keys in the model's dtype"),
+        (
+            {"selector": "oracle"},
+            {},
+            "selector 'oracle' ranks tokens in torch",
+        ),
+        ({}, {"cuda_graph_backend_decode": "breakable"}, "FASA captures whole decode steps"),
     ],
     ids=["fp8-keys", "oracle-under-graphs", "breakable-graphs"],
 )
-def test_what_cannot_be_served_is_refused(
+def test_unsupported_settings_end_the_start_with_one_sentence(
     random_model: Path,
     random_calibration: str,
     settings: dict[str, Any],

@@ -56,8 +56,7 @@ def test_write_labels_the_selecting_layers_of_a_pipeline_stage(label_format: Lab
         assert torch.equal(cache.head_dims(layer), head_dims[layer])
         mean = dominant.k_mean[layer].gather(-1, dims[layer])
         keys = k_buffers[layer - 2].gather(-1, dims[layer].expand(num_slots, -1, -1)) - mean
-        # Half a step of the format: 3 mantissa bits in float8_e4m3, 7 in bfloat16.
-        half_step = 1 / 16 if label_format.bits == 8 else 1 / 256
+        half_step = torch.finfo(label_format.dtype).eps / 2
         allowed = half_step * keys.abs() + 1e-3
         assert ((labels.rows(slots) - keys[slots]).abs() <= allowed[slots]).all()
         others = [slot for slot in range(num_slots) if slot not in slots]
@@ -89,7 +88,7 @@ def test_labels_of_keys_with_large_biases_keep_their_resolution(label_format: La
     keys = centred.gather(-1, dims.expand(num_slots, -1, -1))[:-1]
     exact = torch.einsum("hf,lhf->hl", mean_q, keys) * 0.25
     error = (scores.half().float() - exact).norm(dim=-1) / exact.norm(dim=-1)
-    assert (error < (0.06 if label_format.bits == 8 else 0.006)).all()
+    assert (error < max(torch.finfo(label_format.dtype).eps / 2, 0.006)).all()
 
 
 def test_dims_without_spread_are_not_divided_by_zero() -> None:

@@ -1,4 +1,4 @@
-"""The agent loop and the examples, against a real server."""
+"""The agent loop, its benchmark, and the examples."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from fasa_sglang.workloads.bench.agent import Answer, Tools, summary
+from fasa_sglang.cli import main
+from fasa_sglang.workloads.agent_loop import Answer, Tools
+from fasa_sglang.workloads.bench.agent import summary
 from fasa_sglang.workloads.serving.transcript import Transcript
 
 FASA = shutil.which("fasa", path=Path(sys.executable).parent)
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = Path(__file__).parents[3] / "examples"
 
 
-def test_tools_are_deterministic_and_strict() -> None:
+def test_tools_call_accepts_exactly_one_known_name() -> None:
     tools = Tools(0)
     assert tools.codes == Tools(0).codes != Tools(1).codes
     assert tools.call('Sure.\nlookup("amber door")') == (
@@ -29,9 +31,9 @@ def test_tools_are_deterministic_and_strict() -> None:
     assert tools.call("amber door")[0] is None
 
 
-def test_summary_counts_turns_and_what_was_right() -> None:
-    def answer(turn: int, kind: str, right: bool, cached: int | None) -> Answer:
-        return Answer(0, turn, kind, "", right, 0.5, 0.01, 100, cached, 5, 0.25)
+def test_summary_counts_turns_and_right_answers() -> None:
+    def answer(turn: int, kind: str, correct: bool, cached: int | None) -> Answer:
+        return Answer(0, turn, kind, "", correct, 0.5, 0.01, 100, cached, 5, 0.25)
 
     answers = [
         answer(0, "call", True, 0),
@@ -52,8 +54,7 @@ def test_summary_counts_turns_and_what_was_right() -> None:
     assert unknown["cache_hit"] is None
 
 
-def test_transcripts_tokenise_what_is_new(tiny_path: Path) -> None:
-    """Beginning with the same text, copies share its tokens and grow on their own."""
+def test_transcript_copies_share_tokens_and_grow_independently(tiny_path: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_path)
@@ -76,17 +77,15 @@ def test_transcripts_tokenise_what_is_new(tiny_path: Path) -> None:
     assert tokenizer.decode(after) == (
         "<system>Be brief.\n<user>two\n<assistant>2\n<user>three\n<assistant>"
     )
-    # A template that forgets what came before is tokenised anew.
+    # A template that rewrites earlier messages is tokenised from the start.
     tokenizer.chat_template = "{{ messages[-1].content }}"
     assert tokenizer.decode(second.tokens()) == "three"
     assert Transcript(None, "x").tokens() is None
 
 
 @pytest.mark.slow
-def test_agents_share_a_prefix_and_answer_with_fasa_as_without(
-    smollm2_path: Path, tmp_path: Path
-) -> None:
-    """A real model that can do it: looks up codes and reads them from the tool's output."""
+def test_bench_agent_answers_with_fasa_as_without(smollm2_path: Path, tmp_path: Path) -> None:
+    """SmolLM2 can call the tool and read the code from its output."""
     report = tmp_path / "report.json"
     command = [FASA, "bench", "agent", "--model", str(smollm2_path), "--json", str(report)]
     command += ["--branches", "2", "--turns", "1", "--prefix-tokens", "500", "--tokenize", "client"]
@@ -99,17 +98,28 @@ def test_agents_share_a_prefix_and_answer_with_fasa_as_without(
     )
     assert done.returncode == 0, done.stderr[-3000:]
     runs = json.loads(report.read_text())["runs"]
-    dense, sparse = runs["dense"], runs["FASA"]
-    assert dense["calls_right"] == 1
+    baseline, off, on = runs.values()
+    assert list(runs)[1:] == ["fasa off", "fasa on"]
+    assert next(iter(runs)).endswith(" (SGLang's default)")
+    assert baseline["calls_right"] == 1
     for figure in ("calls_right", "answers_right"):
-        assert sparse[figure] == dense[figure]
-    assert dense["kv_read_ratio"] == 1 > sparse["kv_read_ratio"]
-    # The second branch finds the system prompt that the first one brought, or both came at once.
-    assert dense["cache_hit"] > 0.3
-    assert len(dense["answers"]) == len(sparse["answers"]) == 4
+        assert on[figure] == off[figure] == baseline[figure]
+    assert baseline["kv_read_ratio"] is None
+    assert off["kv_read_ratio"] == 1 > on["kv_read_ratio"]
+    # The second branch reuses the system prompt of the first one, unless both arrive together.
+    assert off["cache_hit"] > 0.3
+    assert [len(run["answers"]) for run in runs.values()] == [4, 4, 4]
 
 
-def test_examples_run(server: str, tmp_path: Path) -> None:
+def test_bench_agent_with_a_running_server_and_a_baseline_is_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["bench", "agent", "--base-url", "http://127.0.0.1:9", "--baseline", "auto"]
+    assert main(command) == 1
+    assert "--baseline does not apply to the running server" in capsys.readouterr().err
+
+
+def test_examples_run_as_documented(server: str, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("def add(a, b):\n" * 60)
     for command in (
@@ -120,8 +130,8 @@ def test_examples_run(server: str, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr[-3000:]
         assert "'sparse_steps': " in done.stdout
     flags = ["--branches", "3", "--turns", "1", "--prefix-tokens", "300"]
-    for fasa, code, said in (
-        ('{"budget": 512}', 0, "3 branches of 1 turns"),
+    for fasa, code, message in (
+        ('{"budget": 512}', 0, "3 branches, 1 turns each"),
         ('{"budget": 2048}', 1, "max_budget = 1024 tokens, got 2048"),
     ):
         done = subprocess.run(
@@ -133,5 +143,5 @@ def test_examples_run(server: str, tmp_path: Path) -> None:
             env={"PATH": f"{Path(FASA).parent}:/usr/bin:/bin", "HOME": str(Path.home())},
         )
         assert done.returncode == code, done.stderr[-3000:]
-        assert said in done.stdout + done.stderr
+        assert message in done.stdout + done.stderr
         assert "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""Which words a reply is asked for, and whether the score is the model's."""
+"""Which words cloze asks for, and whether its score is the model's."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 
 from fasa_sglang.calibration.corpus import default_text, held_out_text
 from fasa_sglang.cli import main
-from fasa_sglang.workloads.eval.tasks.base import Options
-from fasa_sglang.workloads.eval.tasks.cloze import Cloze, returned_to, whole_words
+from fasa_sglang.workloads.eval.task import Options
+from fasa_sglang.workloads.eval.tasks.cloze import Cloze, recurring_words, whole_words
 from fasa_sglang.workloads.models.shapes import load_tokenizer
 
 LENGTH, REPLY = 300, 240
@@ -23,11 +23,11 @@ def tokenizer(smollm2_path: Path) -> Any:
     return load_tokenizer(str(smollm2_path))
 
 
-def test_words_are_whole(tokenizer: Any) -> None:
+def test_whole_words_share_no_token_with_other_text(tokenizer: Any) -> None:
     text = "Lanterns hung in warehouses; parse_known_args2 and L'Aquila's 1234, 5th fog: LANTERNS."
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    found = whole_words(text, encoded.offset_mapping)
-    assert [word for _, _, word in found] == [
+    words = whole_words(text, encoded.offset_mapping)
+    assert [word for _, _, word in words] == [
         "lanterns",
         "hung",
         "warehouses",
@@ -35,46 +35,46 @@ def test_words_are_whole(tokenizer: Any) -> None:
         "aquila",
         "lanterns",
     ]
-    for start, end, word in found:
+    for start, end, word in words:
         assert tokenizer.decode(encoded.input_ids[start:end]).strip().lower() == word
-    assert any(end - start > 1 for start, end, _ in found)
+    assert any(end - start > 1 for start, end, _ in words)
 
 
-def test_asked_is_what_only_the_reply_said_and_not_lately() -> None:
+def test_recurring_words_are_absent_from_the_prompt_and_far_apart() -> None:
     words = [(0, 1, "prompt"), (10, 12, "reply"), (100, 101, "prompt"), (74, 76, "reply")]
     words += [(200, 202, "reply"), (265, 266, "reply"), (300, 301, "once")]
     words.sort()
-    assert returned_to(words, 5) == [(195, 197, 126), (260, 261, 65)]
-    assert returned_to(words, 11) == [], "then the prompt holds both"
+    assert recurring_words(words, 5) == [(195, 197, 126), (260, 261, 65)]
+    assert recurring_words(words, 11) == [], "the prompt has both words"
 
 
-def test_a_prompt_of_one_token_stays_one(tokenizer: Any) -> None:
-    """Cut anew, a piece of this text has a token less, and its request had no prompt at all."""
-    options = Options(200, 1, LENGTH, LENGTH - 1, 0, 0.0, 1.0, False, default_text())
-    samples = Cloze("cloze").samples(tokenizer, options)
+def test_samples_whose_encoding_shrinks_still_have_a_prompt(tokenizer: Any) -> None:
+    """Encoded again, a piece of this text is a token shorter, which left no prompt at all."""
+    options = Options(limit=200, length=LENGTH, seed=0, text=default_text(), max_tokens=LENGTH - 1)
+    samples = Cloze().samples(tokenizer, options)
     assert {len(sample.prompt) for sample in samples} == {1}
     for sample in samples:
-        forced, asked = sample.data
-        assert max(end for _, end, _ in asked) <= len(forced)
+        forced, words = sample.data
+        assert max(end for _, end, _ in words) <= len(forced)
     assert any(len(sample.data[0]) < LENGTH - 1 for sample in samples)
 
 
 @pytest.mark.slow
-def test_dense_gets_what_the_model_gets_and_pruning_loses_some(
+def test_cloze_scores_the_model_densely_and_less_when_pruned(
     tmp_path: Path, smollm2_path: Path, smollm2_calibration: str, tokenizer: Any
 ) -> None:
-    """The words by transformers, from one forward pass of the same tokens."""
+    """The expected score comes from one forward pass of transformers over the same tokens."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(smollm2_path, dtype=torch.float32).eval()
     code = held_out_text()
-    options = Options(1, 1, LENGTH, REPLY, 0, 0.0, 1.0, False, code)
-    [sample] = Cloze("cloze").samples(tokenizer, options)
-    forced, asked = sample.data
+    options = Options(limit=1, length=LENGTH, seed=0, text=code, max_tokens=REPLY)
+    [sample] = Cloze().samples(tokenizer, options)
+    forced, words = sample.data
     ids = torch.tensor([sample.prompt + forced])
     with torch.no_grad():
         best = model(ids).logits[0, len(sample.prompt) - 1 : -1].argmax(dim=-1).tolist()
-    right = [(best[start:end] == forced[start:end], gap) for start, end, gap in asked]
+    right = [(best[start:end] == forced[start:end], gap) for start, end, gap in words]
 
     settings = {"prune_interval": 8, "prune_recent": 8, "prune_grace": 8}
     request = {"recent": 4, "prune": "generated", "prune_budget": 24}
@@ -86,13 +86,13 @@ def test_dense_gets_what_the_model_gets_and_pruning_loses_some(
     command += ["--flags=--max-total-tokens 20000", "--out", str(tmp_path)]
     assert main(command) == 0
     [path] = tmp_path.glob("cloze-*/rows.jsonl")
-    # A GPU computes in bfloat16, which may part two words that are nearly as likely.
+    # In bfloat16, as on a GPU, two words of nearly the same probability may swap ranks.
     rounded = int(torch.cuda.is_available())
     dense, pruned = (json.loads(line)["metrics"] for line in path.read_text().splitlines())
     for n in (64, 128):
         hits = [hit for hit, gap in right if gap > n]
         assert dense[f"over_{n}"] * len(hits) == pytest.approx(sum(hits), abs=rounded + 1e-6)
-    assert "over_256" not in dense, "the reply is shorter"
+    assert "over_256" not in dense, "the reply is shorter than that"
     assert not list(path.parent.glob("over_256.png")), "there is nothing to draw"
-    lost = (dense["over_64"] - pruned["over_64"]) * len(asked)
+    lost = (dense["over_64"] - pruned["over_64"]) * len(words)
     assert round(lost) >= 2

@@ -1,49 +1,43 @@
-"""What ``fasa eval`` measures: one module per kind of task, found by name."""
+"""What ``fasa eval`` measures: one module per task, or per harness with tasks of its own."""
 
 from __future__ import annotations
 
 import importlib
+import pkgutil
 
 from fasa_sglang.errors import FasaError
-from fasa_sglang.workloads.eval.tasks.base import Task
+from fasa_sglang.workloads.eval.task import HARNESSES, TASKS, HarnessTask, Task
 
-# Name: (module, class).
-OWN = {
-    "perplexity": ("perplexity", "Perplexity"),
-    "agreement": ("agreement", "Agreement"),
-    "needle": ("needle", "Needle"),
-    "write-once": ("write_once", "WriteOnce"),
-    "cloze": ("cloze", "Cloze"),
-    "agent": ("agent_loop", "AgentLoop"),
-}
-# Names of other harnesses, each with its prefix left out: sgl-eval's "aime24", lm-eval's
-# "niah_single_1".
-HARNESSES = (("sgl_eval_task", "SglEvalTask"), ("lm_eval_task", "LmEvalTask"))
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+
+def task_names() -> list[str]:
+    """Names of our own tasks, sorted."""
+    return sorted(TASKS)
+
+
+def task_classes() -> list[type[Task]]:
+    """Our own tasks and the adapters of other harnesses."""
+    return [*(TASKS[name] for name in task_names()), *HARNESSES]
 
 
 def find_task(name: str) -> Task:
-    """The task of that name: ours, sgl-eval's or lm-eval's.
+    """The task of that name: ours, or one of another harness.
 
     Raises:
-        FasaError: Nobody has it.
+        FasaError: There is no such task.
     """
-    if name in OWN:
-        module, kind = OWN[name]
-        return _load(module, kind)(name)
+    if name in TASKS:
+        return TASKS[name]()
     missing = []
-    for module, kind in HARNESSES:
-        task = _load(module, kind)(name)
+    for harness in HARNESSES:
+        task: HarnessTask = harness(name)
         try:
             if task.exists():
                 return task
         except ImportError as error:
-            missing.append(f"{kind} needs {error.name}")
+            missing.append(f"{harness.harness} needs {error.name}")
     hint = f" ({'; '.join(missing)}: pip install fasa-sglang[eval])" if missing else ""
-    raise FasaError(
-        f"unknown task {name!r}, expected {', '.join(OWN)}, a name of sgl-eval list, or a "
-        f"generating task of lm-eval ls{hint}"
-    )
-
-
-def _load(module: str, kind: str) -> type[Task]:
-    return getattr(importlib.import_module(f"{__name__}.{module}"), kind)
+    harnesses = ", or ".join(f"a task of {harness.harness}" for harness in HARNESSES)
+    raise FasaError(f"unknown task {name!r}, expected {', '.join(task_names())}, {harnesses}{hint}")

@@ -1,4 +1,4 @@
-"""FlashInfer's decode over chosen tokens, planned once, its lengths changed on the device."""
+"""FlashInfer's paged decode, planned once, with lengths that change on the device."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 
 pytestmark = pytest.mark.gpu
-
 
 CASES = [
     pytest.param(8, 4, 128, torch.bfloat16, id="HKV8-G4-D128-bf16"),
@@ -21,22 +20,22 @@ NAMES = ("num_kv_heads", "group", "head_dim", "dtype")
 
 
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chosen: torch.Tensor, h: int, sm_scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, h: int, sm_scale: float
 ) -> torch.Tensor:
     """Float32 attention of one group of queries over some slots of one KV head."""
-    weights = (q.float() @ k[chosen, h].float().T * sm_scale).softmax(dim=-1)
-    return weights @ v[chosen, h].float()
+    weights = (q.float() @ k[slots, h].float().T * sm_scale).softmax(dim=-1)
+    return weights @ v[slots, h].float()
 
 
 @pytest.mark.parametrize(NAMES, CASES)
-def test_lengths_change_between_replays_of_one_graph(
+def test_selected_decode_in_a_graph_follows_the_lengths_on_the_device(
     num_kv_heads: int, group: int, head_dim: int, dtype: torch.dtype
 ) -> None:
-    """Lengths around FlashInfer's chunk borders; indices past a row's length are poison.
+    """Lengths around FlashInfer's chunk borders; indices past a row's length are other tokens.
 
     The plan is renewed between replays as well, for exactly the lengths of the step.
     """
-    from fasa_sglang.flashinfer_ext.attention import FocusedAttention
+    from fasa_sglang.flashinfer_ext.shrinkable_decode import SelectedDecode
 
     torch.manual_seed(0)
     batch_size, max_tokens, num_slots = 5, 512, 3000
@@ -45,7 +44,7 @@ def test_lengths_change_between_replays_of_one_graph(
     sm_scale = 0.7 * head_dim**-0.5
     indices = torch.zeros(rows, max_tokens, dtype=torch.int32, device="cuda")
     last_page_len = torch.ones(rows, dtype=torch.int32, device="cuda")
-    attention = FocusedAttention(
+    attention = SelectedDecode(
         indices, last_page_len, num_kv_heads * group, num_kv_heads, head_dim, dtype, workspace
     )
     like = {"device": "cuda", "dtype": dtype}
@@ -62,38 +61,37 @@ def test_lengths_change_between_replays_of_one_graph(
     for shift in range(4):
         lengths = [borders[(row + 5 * shift) % len(borders)] for row in range(rows)]
         slots = torch.rand(rows, num_slots - 1, device="cuda").argsort(dim=-1) + 1
-        heads = torch.arange(rows, device="cuda")[:, None] % num_kv_heads
-        indices.copy_(slots[:, :max_tokens] * num_kv_heads + heads)
+        kv_heads = torch.arange(rows, device="cuda")[:, None] % num_kv_heads
+        indices.copy_(slots[:, :max_tokens] * num_kv_heads + kv_heads)
         last_page_len.copy_(torch.tensor(lengths) - max_tokens + 1)
-        # Now and then exactly, else for the longest that may come.
+        # Alternate between the exact lengths and the longest possible ones.
         attention.plan(lengths if shift % 2 else [max_tokens] * rows)
         out.fill_(torch.nan)
         graph.replay()
         for row, length in enumerate(lengths):
             b, h = divmod(row, num_kv_heads)
-            mine = slice(h * group, (h + 1) * group)
-            got = out[b, mine].float()
+            heads = slice(h * group, (h + 1) * group)
+            got = out[b, heads].float()
             if length == 0:
                 assert (got == 0).all()
                 continue
-            expected = attend(q[b, mine], k, v, slots[row, :length], h, sm_scale)
+            expected = attend(q[b, heads], k, v, slots[row, :length], h, sm_scale)
             error = (got - expected).norm() / expected.norm()
             assert error < 0.01, (row, length, float(error))
 
 
 @pytest.mark.parametrize(NAMES, CASES[:3])
-def test_dense_and_focused_parts_merge(
+def test_prefix_and_selected_passes_merge_to_attention_over_both(
     num_kv_heads: int, group: int, head_dim: int, dtype: torch.dtype
 ) -> None:
-    """Lanes that are all dense, all selected, or both: first tokens densely, a few of the rest."""
-    from fasa_sglang.flashinfer_ext.attention import (
-        FocusedAttention,
-        ShrinkableDecode,
-        merge_attention,
-    )
+    """Lanes that are all prefix, all selected, or both."""
+    import flashinfer
+
+    from fasa_sglang.flashinfer_ext.shrinkable_decode import SelectedDecode, ShrinkableDecode
 
     torch.manual_seed(0)
-    seq_lens, dense_lens, kept, max_tokens = [700, 300, 900], [700, 0, 400], [0, 128, 100], 160
+    seq_lens, prefix_lens = [700, 300, 900], [700, 0, 400]
+    selected_lens, max_tokens = [0, 128, 100], 160
     on_gpu = {"device": "cuda"}
     like = {**on_gpu, "dtype": dtype}
     num_slots, num_qo_heads = sum(seq_lens) + 1, num_kv_heads * group
@@ -106,31 +104,31 @@ def test_dense_and_focused_parts_merge(
     sm_scale = head_dim**-0.5
 
     indices = torch.zeros(3 * num_kv_heads, max_tokens, dtype=torch.int32, **on_gpu)
-    chosen: list[list[torch.Tensor]] = []
+    tokens: list[list[torch.Tensor]] = []
     for b in range(3):
-        chosen.append([])
+        lane = slots[int(indptr[b]) : int(indptr[b + 1])]
+        tokens.append([])
         for h in range(num_kv_heads):
-            free = torch.arange(dense_lens[b], seq_lens[b], **on_gpu)
-            positions = free[torch.randperm(len(free), **on_gpu)[: kept[b]]]
-            chosen[b].append(slots[int(indptr[b]) + positions])
-            indices[b * num_kv_heads + h, : kept[b]] = chosen[b][h] * num_kv_heads + h
-    focused_len = torch.tensor(kept, dtype=torch.int32, **on_gpu).repeat_interleave(num_kv_heads)
-    focused = FocusedAttention(indices, focused_len - max_tokens + 1, *heads, dtype, workspace)
-    dense_len = torch.tensor(dense_lens, dtype=torch.int32, **on_gpu)
-    dense = ShrinkableDecode(indptr, slots, dense_len - indptr.diff() + 1, *heads, dtype, workspace)
-    focused.plan([length for length in kept for _ in range(num_kv_heads)])
-    dense.plan(dense_lens)
+            free = torch.arange(prefix_lens[b], seq_lens[b], **on_gpu)
+            positions = free[torch.randperm(len(free), **on_gpu)[: selected_lens[b]]]
+            indices[b * num_kv_heads + h, : selected_lens[b]] = lane[positions] * num_kv_heads + h
+            tokens[b].append(torch.cat([lane[: prefix_lens[b]], lane[positions]]).long())
+    row_lens = torch.tensor(selected_lens, dtype=torch.int32, **on_gpu)
+    row_lens = row_lens.repeat_interleave(num_kv_heads)
+    selected = SelectedDecode(indices, row_lens - max_tokens + 1, *heads, dtype, workspace)
+    last_page_len = torch.tensor(prefix_lens, dtype=torch.int32, **on_gpu) - indptr.diff() + 1
+    prefix = ShrinkableDecode(indptr, slots, last_page_len, *heads, dtype, workspace)
+    selected.plan([length for length in selected_lens for _ in range(num_kv_heads)])
+    prefix.plan(prefix_lens)
 
-    out, other = torch.full_like(q, torch.nan), torch.full_like(q, torch.nan)
-    lse, other_lse = torch.full((2, 3, num_qo_heads), torch.nan, **on_gpu)
-    focused.run(q, k, v, out, sm_scale, lse)
-    dense.run(q, k, v, other, sm_scale, other_lse)
-    merge_attention(out, lse, other, other_lse)
+    out, prefix_out = torch.full_like(q, torch.nan), torch.full_like(q, torch.nan)
+    lse, prefix_lse = torch.full((2, 3, num_qo_heads), torch.nan, **on_gpu)
+    selected.run(q, k, v, out, sm_scale, lse)
+    prefix.run(q, k, v, prefix_out, sm_scale, prefix_lse)
+    flashinfer.merge_state_in_place(out, lse, prefix_out, prefix_lse)
     for b in range(3):
-        start = int(indptr[b])
         for h in range(num_kv_heads):
-            mine = slice(h * group, (h + 1) * group)
-            tokens = torch.cat([slots[start : start + dense_lens[b]], chosen[b][h]])
-            expected = attend(q[b, mine], k, v, tokens.long(), h, sm_scale)
-            error = (out[b, mine].float() - expected).norm() / expected.norm()
+            own = slice(h * group, (h + 1) * group)
+            expected = attend(q[b, own], k, v, tokens[b][h], h, sm_scale)
+            error = (out[b, own].float() - expected).norm() / expected.norm()
             assert error < 0.01, (b, h, float(error))
