@@ -35,8 +35,8 @@ FLAG_VALUES = {
     "attn_cp_size": "2",
     "tokenizer_worker_num": "2",
 }
-# Flags with which SGLang itself refuses this model or a CPU, or lacks a package, before it builds the
-# attention backend. Their sentence in FASA's words is tested in test_refusals.py.
+# With these flags SGLang itself refuses this model or a CPU, or lacks a package, before it builds
+# the attention backend. test_refusals.py checks what FASA says about them.
 ENDED_BY_SGLANG = frozenset(
     {
         "speculative_algorithm",
