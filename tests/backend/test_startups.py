@@ -22,7 +22,7 @@ from serving import server_command, server_environment
 
 SERVES = "a request with fasa is decoded sparsely"
 IS_DENSE = "the server runs another backend and answers a request with fasa with HTTP 400"
-ENDS = "SGLang ends by itself before it builds the attention backend"
+ENDS = "the server ends, here before it builds the attention backend"
 
 # Command-line value of every flag in the table of refusals that is not a switch.
 FLAG_VALUES = {
@@ -35,9 +35,24 @@ FLAG_VALUES = {
     "attn_cp_size": "2",
     "tokenizer_worker_num": "2",
 }
-# Where SGLang refuses the combination with this model and device, or fails, before our turn.
-# test_refusals.py checks our sentence for these flags.
-ENDED_BY_SGLANG: frozenset[str] = frozenset()
+# With these flags SGLang itself refuses this model or a CPU, or lacks a package, before it builds
+# the attention backend. test_refusals.py checks what FASA says about them.
+ENDED_BY_SGLANG = frozenset(
+    {
+        "speculative_algorithm",
+        "dllm_algorithm",
+        "disaggregation_mode",
+        "disaggregation_decode_enable_offload_kvcache",
+        "enable_two_batch_overlap",
+        "enable_pdmux",
+        "dcp_size",
+        "attn_cp_size",
+        "enable_nvidia_megakernel",
+        "enable_amd_monokernel",
+        "enable_deterministic_inference",
+        "enable_memory_saver",
+    }
+)
 
 
 @dataclass(frozen=True)
