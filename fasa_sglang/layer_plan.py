@@ -1,4 +1,4 @@
-"""What each layer of the served model does: the one place that knows."""
+"""The kind of each layer of the served model: the only place that knows it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class LayerKind(enum.Enum):
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """The layers of a model, and the ones of them that a pipeline stage holds.
+    """The kinds of a model's layers, and the range of layers that a pipeline stage holds.
 
     Args:
         kinds: One entry per layer of the whole model.
@@ -32,13 +32,13 @@ class LayerPlan:
 
     @classmethod
     def of_model(cls, num_layers: int, num_dense_layers: int) -> LayerPlan:
-        """All layers of a model whose first ``num_dense_layers`` layers stay dense."""
+        """The plan of a whole model whose first ``num_dense_layers`` layers stay dense."""
         dense = min(num_dense_layers, num_layers)
         kinds = (LayerKind.DENSE,) * dense + (LayerKind.SELECTS,) * (num_layers - dense)
         return cls(kinds, 0, num_layers)
 
     def stage(self, first: int, num_layers: int) -> LayerPlan:
-        """The same model as seen by the pipeline stage that holds these layers."""
+        """The plan of the pipeline stage that holds ``num_layers`` layers from ``first`` on."""
         return replace(self, first=first, end=first + num_layers)
 
     @property
@@ -56,7 +56,7 @@ class LayerPlan:
         return self.kinds[layer] is LayerKind.SELECTS
 
     def pool_index(self, layer: int) -> int:
-        """Where the stage's KV pool keeps a layer's keys and values."""
+        """Index of a layer's keys and values in the stage's KV pool."""
         return layer - self.first
 
     def rows_attended(self, live_len: int, selected_len: int) -> int:

@@ -19,12 +19,12 @@ class PlannerBuffers:
         head_dim: Dims of a head.
         max_budget: Largest budget of a lane, in tokens.
         combine: How a group's query heads are combined, ``nrm`` or ``mean``.
-        dtype: Of queries and outputs.
-        device: Where the kernels run; ``meta`` only measures.
+        dtype: Dtype of queries and outputs.
+        device: Device of the kernels; ``meta`` only computes ``nbytes``.
 
     Attributes:
         scores: Scores of all tokens.
-        selection: Candidates of the selection.
+        selection: Scratch of the selection.
         indices: ``slot * num_kv_heads + kv_head`` of the selected tokens,
             ``[max_batch_size * num_kv_heads, max_budget]``, int32. All entries are valid indices:
             those that were never written point to slot 0, which no request owns.

@@ -1,4 +1,4 @@
-"""What one request does in a decode step, in the planner's terms."""
+"""One request of a decode step, in the planner's terms."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Lane:
         sink: First tokens that are always selected.
         recent: Last tokens that are always selected, the current one included; at least 1.
         dense_prefix: First tokens that are attended on top of the budget.
-        pruned: Tokens whose entries in the slots are 0 because their slots were given back. They
+        pruned: Number of tokens whose slots were freed; their entries among the slots are 0. They
             are never attended.
-        counts_from: First position whose selections are counted; None if none are.
+        counts_from: First position whose selections are counted; None counts no selections.
     """
 
     budget: int | None

@@ -29,8 +29,9 @@ class LaneTable:
     """One row of numbers per lane, filled on the host and sent to the device in one copy.
 
     A lane's tokens are divided into a prefix that it attends to densely and the tokens that it
-    selects from. A dense lane is all prefix; a sparse lane has one only if its request says so.
-    Pruned tokens belong to neither, and the slots of a lane's live tokens come first.
+    selects from. A dense lane consists of prefix only; a sparse lane has a prefix only if
+    ``Lane.dense_prefix`` is set. Pruned tokens belong to neither, and the slots of a lane's live
+    tokens come first.
 
     ``*_last_page_len`` fields are lengths in the form that ``ShrinkableDecode`` reads.
 
@@ -41,22 +42,23 @@ class LaneTable:
         device: Where the kernels run.
 
     Attributes:
-        starts: Where the selectable tokens of each lane begin in the slots of the batch.
-        selectable_lens: Tokens to select from.
-        budgets: Tokens to select, sinks and recents included.
-        sinks: First selectable tokens that are always selected.
-        recents: Last selectable tokens that are always selected.
-        prefix_last_page_len: Tokens that are attended densely.
-        live_last_page_len: Tokens that have a slot.
-        live_lens: The same as plain numbers.
+        starts: Start of each lane's selectable tokens in the slots of the batch.
+        selectable_lens: Number of tokens to select from.
+        budgets: Number of tokens to select, sinks and recents included.
+        sinks: Number of first selectable tokens that are always selected.
+        recents: Number of last selectable tokens that are always selected.
+        prefix_last_page_len: Number of tokens that are attended densely.
+        live_last_page_len: Number of tokens that have a slot.
+        live_lens: Number of tokens that have a slot, as a plain number.
         counts_from: First position whose selections are counted.
-        pruned: Tokens that have lost their slots.
+        pruned: Number of tokens whose slots were freed.
         counted: 1 if the lane's selections are counted, else 0.
-        selected_last_page_len: Selected tokens, ``[batch_size * num_kv_heads]``.
-        indptr: Where the slots of each lane begin, ``[batch_size + 1]``.
-        All int32, and ``[batch_size]`` unless stated otherwise.
+        selected_last_page_len: Number of selected tokens, ``[batch_size * num_kv_heads]``.
+        indptr: Start of each lane's slots, ``[batch_size + 1]``.
         prefix_lens, selected_lens, live_host_lens: Lengths of the two passes and of a dense layer,
-            ``[batch_size]``, on the host; set by ``fill``.
+            ``[batch_size]``, numpy arrays on the host; set by ``fill``.
+
+        All others are int32 tensors on the device, ``[batch_size]`` unless stated otherwise.
     """
 
     starts: torch.Tensor
@@ -107,7 +109,7 @@ class LaneTable:
                 continue
             prefix[i] = lane.dense_prefix
             part["budgets"][i] = lane.budget
-            # The sink lies inside a dense prefix.
+            # A dense prefix replaces the sink.
             part["sinks"][i] = 0 if lane.dense_prefix else lane.sink
             part["recents"][i] = lane.recent
             part["pruned"][i] = lane.pruned

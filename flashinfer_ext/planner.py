@@ -2,7 +2,7 @@
 
 It follows FlashInfer's life cycle: construct a planner once per batch size, call ``plan()`` once
 per decode step and ``run()`` once per layer. ``run()`` may be captured in a CUDA graph; ``plan()``
-stays outside and only changes what lies at fixed addresses.
+stays outside of the graph and rewrites buffers at fixed addresses.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fasa_sglang.ops.tombstones import close_gaps
 
 
 class SparseIndexPlanner:
-    """Selects tokens per (request, KV head) and attends to exactly these.
+    """Selects tokens per (request, KV head) pair and attends to the selected ones.
 
     Args:
         float_workspace_buffer: FlashInfer's float workspace, uint8. Planners that do not run at
@@ -33,11 +33,11 @@ class SparseIndexPlanner:
         num_qo_heads: Query heads of this rank.
         num_kv_heads: KV heads of this rank.
         head_dim: Dims of a head: 64, 128 or 256.
-        dtype: Of queries and of the KV cache, float16 or bfloat16.
+        dtype: Dtype of queries and KV cache, float16 or bfloat16.
         paged_kv_indices_buffer: Slot of every token, lane after lane, int32. The planner keeps
             this tensor; the caller writes the coming step's slots into it before ``plan()``, which
             may move entries where lanes have pruned tokens.
-        buffers: Scratch for a batch at least this large.
+        buffers: Scratch for batches of at least ``batch_size`` lanes.
 
     Attributes:
         mixed: Whether the planned step has lanes that do more than select; such a step runs a

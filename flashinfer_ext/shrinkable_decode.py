@@ -23,14 +23,14 @@ class ShrinkableDecode:
     whole pages.
 
     Args:
-        indptr: Where each row's indices begin, ``[rows + 1]``, int32; may change between runs.
+        indptr: Start of each row's indices, ``[rows + 1]``, int32; may change between runs.
         indices: Page of every token, int32; may change between runs.
         last_page_len: ``length - (indptr[i + 1] - indptr[i]) + 1`` for every row, ``[rows]``,
             int32, where length may be 0; may change between runs.
         num_qo_heads: Query heads of a row.
         num_kv_heads: KV heads of a page.
         head_dim: Dims of a head.
-        dtype: Of queries and KV pool, float16 or bfloat16.
+        dtype: Dtype of queries and KV pool, float16 or bfloat16.
         workspace: Float workspace, uint8; instances that do not run at the same time may share it.
     """
 
@@ -61,7 +61,7 @@ class ShrinkableDecode:
             paged_kv_last_page_len_buffer=last_page_len,
             backend=BACKEND,
         )
-        # FlashInfer's default of 8 MiB is for thousands of rows; servers create an instance per
+        # FlashInfer's default of 8 MiB serves thousands of rows; servers create an instance per
         # batch size.
         plan_bytes = 2**20 + 64 * rows
         self._wrapper.reset_workspace_buffer(
@@ -153,12 +153,12 @@ class SelectedDecode(ShrinkableDecode):
 
     Args:
         indices: ``slot * HKV + kv_head`` of each row's tokens, ``[batch_size * HKV, max_budget]``,
-            int32, all valid; whoever selects writes here.
+            int32; all entries must be valid. The selection writes here.
         last_page_len: As in ``ShrinkableDecode``, ``[batch_size * HKV]``, int32.
         num_qo_heads: Query heads of this rank.
         num_kv_heads: KV heads of this rank.
         head_dim: Dims of a head.
-        dtype: Of queries and KV pool, float16 or bfloat16.
+        dtype: Dtype of queries and KV pool, float16 or bfloat16.
         workspace: As in ``ShrinkableDecode``.
 
     Reference: :func:`fasa_sglang.ops.reference.focused_attention`.

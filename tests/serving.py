@@ -111,7 +111,7 @@ class Agreement:
         return self._agreeing / self._steps
 
     def require(self, minimum: float) -> None:
-        """Fail on a divergence that is no near tie, or if fewer steps agree than ``minimum``."""
+        """Fail on a divergence that is not a near tie, or if fewer steps agree than ``minimum``."""
         print(f"{self.share:.1%} of {self._steps} steps agree")
         assert not self.problems, "\n".join(self.problems)
         assert self.share >= minimum, f"only {self.share:.1%} of {self._steps} steps agree"

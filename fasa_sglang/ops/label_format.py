@@ -1,4 +1,4 @@
-"""How the label cache stores a label: the one place that tells the formats apart.
+"""How the label cache stores labels: the only place that knows the formats.
 
 To add a format, add an entry to ``LABEL_FORMATS``; the setting ``label_dtype``, pool sizing, the
 kernels, the benchmarks and the tests read it. A dtype that Triton cannot convert by itself needs a
@@ -39,7 +39,7 @@ class LabelFormat:
     min_capability: tuple[int, int]
 
     def row_bytes(self, num_fcs: int) -> int:
-        """Bytes of one label: one token of one KV head in one layer."""
+        """Bytes of the label of one token, for one KV head of one layer."""
         return 2 * num_fcs * self.bits // 8
 
     def bytes_per_token(self, num_selecting: int, num_kv_heads: int, num_fcs: int) -> int:
@@ -47,8 +47,8 @@ class LabelFormat:
 
         Args:
             num_selecting: Layers that select.
-            num_kv_heads: KV heads of each.
-            num_fcs: Chunks that a label holds.
+            num_kv_heads: KV heads per layer.
+            num_fcs: Chunks per label.
         """
         return num_selecting * num_kv_heads * self.row_bytes(num_fcs)
 
@@ -66,7 +66,7 @@ class LabelFormat:
         label_mean: torch.Tensor,
         label_scale: torch.Tensor,
     ) -> torch.Tensor:
-        """Make labels of keys; the reference of ``ops.label_write``.
+        """Compute the labels of keys; the reference of ``ops.label_write``.
 
         Args:
             k: Keys after RoPE, ``[num_tokens, HKV, D]``.

@@ -52,7 +52,7 @@ def _label_write_kernel(
 
 
 class KeyPool:
-    """Addresses of the keys of several layers, as the kernel takes them.
+    """Addresses of the keys of several layers, in the form that the kernel takes.
 
     Args:
         k_buffers: The KV pool's keys, one ``[num_slots, HKV, D]`` per layer, contiguous, float16,
@@ -80,7 +80,7 @@ def write_labels(
 
     Args:
         keys: The pool, after RoPE.
-        dominant_dims: Head dims a label holds, ``[NL, HKV, F]``, int32.
+        dominant_dims: Head dims of the dominant chunks, ``[NL, HKV, F]``, int32.
         label_mean: Subtracted from the keys, ``[NL, HKV, F]``, float32.
         label_scale: Divides the difference, ``[NL, HKV, F]``, float32.
         slots: KV slots of the new keys, ``[num_tokens]``, int32 or int64; not range-checked.

@@ -1,4 +1,4 @@
-"""The labels of one layer, with what is needed to read them."""
+"""The labels of one layer, with the dims, scale and format needed to read them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FASA in plain float32 torch: what the kernels are tested against and the CPU backend runs.
+"""FASA in plain float32 torch: the reference of the kernels, and the CPU backend.
 
 Shape letters, used in every docstring of this file:
 
@@ -15,9 +15,9 @@ import torch
 from fasa_sglang.ops.layer_labels import LayerLabels
 
 COMBINE_RULES = ("nrm", "mean")
-# Tokens that estimate a query head's maximum score: the first ones and the latest ones.
+# Tokens that estimate a query head's maximum score: the first 4 and the latest 12.
 NUM_ANCHORS, FIRST_ANCHORS = 16, 4
-# Cap on how far above its anchor a score can count, in nats.
+# Cap on the distance of a score above its anchor, in nats.
 MOST_ABOVE_ANCHORS = 30.0
 
 

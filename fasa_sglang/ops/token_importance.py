@@ -18,8 +18,8 @@ from fasa_sglang.ops.layer_labels import LayerLabels
 
 # Programs that a batch is divided into: three for each multiprocessor of an H100.
 NUM_PROGRAMS = 132 * 3
-# Tokens of a tile, and the most label dims that a program reads of each token. Together they bound
-# the tile to 64 KiB of float16, which the shared memory of every GPU since sm_80 holds.
+# Tokens of a tile, and the most label dims of a token that a program reads. Together they bound a
+# tile to 64 KiB of float16, which fits the shared memory of every GPU since sm_80.
 TILE_TOKENS = 64
 MAX_ROW = 512
 # Score of a token that is always selected.
@@ -59,7 +59,7 @@ def _importance_kernel(
     i_s, i_b = tl.program_id(0), tl.program_id(1)
     # First head of this program; a constant where one block holds all heads.
     i_h = tl.program_id(2) * HB if HB < H else 0
-    # Before the branch, so that the two loads wait together.
+    # Both loads come before the branch, so that their latencies overlap.
     seq_len, start = tl.load(seq_lens_ptr + i_b), tl.load(starts_ptr + i_b)
     if i_s * BT >= seq_len:
         return
@@ -107,8 +107,9 @@ def _importance_kernel(
             b_mass = tl.exp2(tl.minimum(tl.dot(b_label, b_q, acc=b_start), MOST))  # [HB, BT, GP]
             if G != GP:
                 b_mass = tl.where((o_g < G)[None, None, :], b_mass, 0.0)
-            # Masses span many decades. The bits of a float are a logarithm, linear between powers
-            # of two: it ranks alike, and a real one would be a quarter of this loop.
+            # Masses span many decades, so store a logarithm. A float's bits are one that is linear
+            # between powers of two: it keeps the order, and the exact one would take a quarter of
+            # this loop's time.
             b_bits = tl.sum(b_mass, axis=2).to(tl.int32, bitcast=True)
             b_score = b_bits.to(tl.float32) * (1 / 2**23) - 127.0
         m_free = ((o_t >= sink) & (o_t < seq_len - recent))[None, :]
@@ -118,14 +119,14 @@ def _importance_kernel(
 
 
 class ScoreBuffers:
-    """The output of a scoring pass; allocated once and reused by every layer and step.
+    """The output of a scoring pass, allocated once and reused by every layer and step.
 
     Args:
         max_batch_size: Largest number of requests in a batch.
         num_kv_heads: KV heads of this rank.
         max_len: Length of the longest request, in tokens.
         combine: ``mean`` or ``nrm``.
-        device: Where the kernels run.
+        device: Device of the kernels.
 
     Attributes:
         scores: ``[max_batch_size * HKV, max_len]``, float16, rows aligned to 16 bytes. Entries
@@ -172,7 +173,7 @@ def token_importance(
         q: Decode queries after RoPE, ``[B, HQ, D]``, float16 or bfloat16, heads contiguous.
         labels: The layer's labels.
         slots: Position to slot, request after request, ``[>= total tokens]``, int32.
-        starts: Where each request's slots begin, ``[>= B]``, int32.
+        starts: Start of each request's slots, ``[>= B]``, int32.
         seq_lens: Tokens of each request, ``[B]``, int32; the last one has no label yet.
         sinks: First tokens of each request that are always selected, ``[B]``, int32.
         recents: Last tokens that are always selected, at least one, ``[B]``, int32.

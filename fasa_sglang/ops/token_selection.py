@@ -234,7 +234,7 @@ def select_tokens(
     Args:
         scores: Output of ``token_importance``.
         slots: Position to slot, request after request, ``[>= total tokens]``, int32.
-        starts: Where each request's slots begin, ``[>= B]``, int32.
+        starts: Start of each request's slots, ``[>= B]``, int32.
         seq_lens: Tokens of each request, ``[B]``, int32.
         budgets: Tokens to select, sink and recent ones included, ``[B]``, int32; more than
             ``sinks + recents``, at most ``indices.shape[1]``.

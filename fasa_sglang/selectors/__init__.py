@@ -1,4 +1,8 @@
-"""Rules that rank tokens: FASA's own and those it is compared with, one module each."""
+"""Rules that rank tokens: FASA's own and those it is compared with, one module each.
+
+To add a selector, add a module with a subclass of ``Selector``; the setting ``selector``, the
+documentation and the tests read the registry.
+"""
 
 from __future__ import annotations
 

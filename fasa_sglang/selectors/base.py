@@ -1,4 +1,4 @@
-"""What every selector is given and has to return."""
+"""The interface of selectors."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ class DecodeView:
         slots: Position to slot, ``[B, L]``, int; entries from ``seq_lens`` on are ignored.
         seq_lens: Tokens of each request, ``[B]``, int.
         label_scores: Computes FASA's own scores from the label cache, ``[B, HKV, L]``, float32.
-        head_dims: 1 at the head dims that a query head would read if it had chunks of its own,
-            0 elsewhere, ``[HQ, D]``, float32.
+        head_dims: 1 at the dims of a query head's own dominant chunks, 0 elsewhere, ``[HQ, D]``,
+            float32.
         sm_scale: Multiplies ``q @ k``.
-        combine: How the scores of a group's query heads become one; see ``ops.reference``.
-        seeds: One per request, for selectors that draw at random.
+        combine: How the scores of a group's query heads are combined; see
+            ``reference.combine_group``.
+        seeds: One seed per request, for selectors that draw at random.
     """
 
     q: torch.Tensor
@@ -52,9 +53,12 @@ class DecodeView:
 class Selector(ABC):
     """A rule that ranks the cached tokens of a request for each KV head.
 
-    A subclass in a module of this package is a selector of the server; nothing else has to be
-    registered. Define ``name``, the value of the setting ``selector``; ``summary``, one line for
-    the documentation; and ``source``, a link to the method, if it has one.
+    Subclasses in modules of this package register themselves.
+
+    Attributes:
+        name: Value of the setting ``selector``.
+        summary: One line for the documentation.
+        source: Link to the method, or empty.
     """
 
     name: str
@@ -70,5 +74,5 @@ class Selector(ABC):
 
         Returns:
             ``[B, HKV, L]``, float32, ``-inf`` from a request's length on. Sink and recent tokens
-            are selected whatever they score.
+            are selected regardless of their scores.
         """

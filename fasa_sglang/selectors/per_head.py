@@ -1,4 +1,4 @@
-"""FASA with dominant chunks of every query head's own, as the paper has it."""
+"""FASA with dominant chunks for each query head, as in the paper."""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ PAGE_SIZE = 16
 class Quest(Selector):
     """Ranks pages of 16 tokens by Quest's upper bound of ``q @ k``; a page's tokens share it.
 
-    Ties keep their order when tokens are selected, so whole pages are taken, except the last one,
-    which the budget may cut. There is one set of pages per KV head.
+    Ties keep their order when tokens are selected, so whole pages are selected, except the last
+    one, which the budget may cut. There is one set of pages per KV head.
     """
 
     name = "quest"
@@ -24,7 +24,7 @@ class Quest(Selector):
     def scores(self, view: DecodeView) -> torch.Tensor:
         """See ``Selector.scores``."""
         q = group_heads(view.q, view.num_kv_heads)
-        # Past its end a request repeats its last key, which changes no bound of a page before it.
+        # Padding repeats a request's last key, which does not change the bounds of its last page.
         positions = torch.arange(view.max_len + -view.max_len % PAGE_SIZE, device=view.slots.device)
         positions = torch.minimum(positions, view.seq_lens[:, None] - 1)
         keys = view.k_cache[view.slots.long().gather(1, positions)]

@@ -1,4 +1,8 @@
-"""Lanes of an eager decode batch whose tokens another selector chooses, for comparison runs."""
+"""Selectors other than FASA on the GPU, for comparison runs in eager mode.
+
+The planner selects for all lanes of a batch. For lanes whose requests name another selector, the
+classes here overwrite its choice.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +18,13 @@ from fasa_sglang.selectors import SELECTORS, DecodeView
 
 
 class ComparedLanes:
-    """Lanes with equal requests, served together.
+    """Lanes with equal parameters, served together.
 
     Args:
-        request: What all of them asked for.
-        lanes: Which lanes of the batch.
-        starts: Where the selectable tokens of each begin in ``slots``.
-        lengths: How many there are of each.
+        request: The parameters of all these lanes.
+        lanes: Rows of the batch.
+        starts: Start of each lane's selectable tokens in ``slots``.
+        lengths: Number of selectable tokens of each lane.
         slots: Position to slot, lane after lane, int32.
     """
 
@@ -38,8 +42,8 @@ class ComparedLanes:
         self.seq_lens = torch.tensor(lengths, device=device)
         self._lengths = lengths
         positions = torch.arange(max(lengths), device=device)
-        places = torch.tensor(starts, device=device)[:, None] + positions
-        self.slots = slots[places.clamp(max=len(slots) - 1)].long()
+        entries = torch.tensor(starts, device=device)[:, None] + positions
+        self.slots = slots[entries.clamp(max=len(slots) - 1)].long()
 
     def select_into(
         self,
@@ -52,13 +56,13 @@ class ComparedLanes:
         sm_scale: float,
         combine: str,
     ) -> None:
-        """Replace what FASA selected for these lanes by this selector's choice.
+        """Replace FASA's selection for these lanes by that of their own selector.
 
         Args:
             indices: The planner's indices, ``[batch_size * HKV, max_budget]``, int32.
             q: Queries of the whole batch, ``[batch_size, HQ, D]``.
             k_cache: ``[num_slots, HKV, D]``.
-            labels: This rank's labels.
+            labels: Label cache of this rank.
             layer: Layer of the model.
             sm_scale: Multiplies ``q @ k``.
             combine: How a group's query heads are combined.
@@ -80,8 +84,8 @@ class ComparedLanes:
         """The selected tokens as rows of the KV pool seen head by head; arguments as above.
 
         Returns:
-            ``slot * HKV + kv_head``, ``[lanes, HKV, N]``, int32. A lane with fewer tokens than
-            ``N`` has its own first; the rest is undefined.
+            ``slot * HKV + kv_head``, ``[lanes, HKV, N]``, int32. In a lane with fewer than ``N``
+            tokens, entries from its length on are undefined.
         """
         q = q[self.lanes]
 
@@ -124,7 +128,7 @@ class ComparedLanes:
 def best_positions(
     scores: torch.Tensor, seq_lens: torch.Tensor, *, budget: int, sink: int, recent: int
 ) -> torch.Tensor:
-    """What ``reference.select_tokens`` selects, for all rows at once.
+    """Select the tokens that ``reference.select_tokens`` selects, for all rows at once.
 
     Args:
         scores: ``[B, HKV, L]``, float32, ``-inf`` past the end.
@@ -145,21 +149,21 @@ def best_positions(
 
 
 def compared_lanes(lanes: Sequence[LaneStep], slots: torch.Tensor) -> list[ComparedLanes]:
-    """Lanes that asked for another selector than FASA, grouped by what they asked for.
+    """Lanes whose requests name another selector than FASA, grouped by equal parameters.
 
     Args:
-        lanes: The requests of the batch, in order.
-        slots: Position to slot, lane after lane, int32.
+        lanes: The lanes of the batch, in order.
+        slots: Position to slot, lane after lane, int32; the live slots of each lane come first.
     """
-    groups: dict[FasaRequest, list[tuple[int, int, int]]] = {}
+    rows_of: dict[FasaRequest, list[tuple[int, int, int]]] = {}
     begin = 0
     for i, lane in enumerate(lanes):
         if lane.request is not None and lane.request.selector != "fasa":
-            full = lane.full_prefix_len
-            groups.setdefault(lane.request, []).append((i, begin + full, lane.live_len - full))
+            prefix = lane.full_prefix_len
+            rows_of.setdefault(lane.request, []).append((i, begin + prefix, lane.live_len - prefix))
         begin += lane.seq_len
-    made = []
-    for request, found in groups.items():
-        chosen, starts, lengths = (list(column) for column in zip(*found, strict=True))
-        made.append(ComparedLanes(request, chosen, starts, lengths, slots))
-    return made
+    groups = []
+    for request, rows in rows_of.items():
+        indices, starts, lengths = (list(column) for column in zip(*rows, strict=True))
+        groups.append(ComparedLanes(request, indices, starts, lengths, slots))
+    return groups

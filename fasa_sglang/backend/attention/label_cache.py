@@ -15,14 +15,14 @@ from fasa_sglang.ops.layer_labels import LayerLabels
 class LabelCache:
     """Labels of the layers of this rank that select.
 
-    Labels are made from the KV pool after a forward pass has filled it, whoever wrote the keys
-    there, so a slot that any request reuses through the radix tree has its label.
+    Labels are computed from the KV pool after a forward pass has written its keys, whichever kernel
+    wrote them, so a slot that another request reuses through the radix tree has its label.
 
     Args:
         k_buffers: The KV pool's keys, one ``[num_slots, num_kv_heads, head_dim]`` per layer of
             this stage. They must outlive this object and stay where they are.
         dominant: The calibration of this rank's heads.
-        plan: What the layers do.
+        plan: Kind of every layer.
         num_fcs: Chunks that a label holds.
         label_format: How labels are stored.
 
@@ -45,7 +45,7 @@ class LabelCache:
         mean = dominant.k_mean[layers].gather(-1, dims)
         scale = torch.ones(dims.shape)
         if label_format.scaled:
-            # Dims that never moved during calibration keep a scale of one.
+            # Dims that were constant during calibration keep a scale of 1.
             spread = dominant.k_scale[layers].gather(-1, dims)
             scale = torch.where(spread > 0, spread, 1.0)
         self._dims = dims.int().to(device)
@@ -68,14 +68,14 @@ class LabelCache:
             self._key_pool = KeyPool(self._keys)
 
     def layer(self, layer: int) -> LayerLabels:
-        """The labels of a layer of the model; it has to be one that selects."""
+        """The labels of a layer of the model, which must be one that selects."""
         return self._layers[layer]
 
     def head_dims(self, layer: int) -> torch.Tensor:
-        """1 at the dims that a query head would read if it had chunks of its own, 0 elsewhere.
+        """1 at the dims of a query head's own dominant chunks, 0 elsewhere.
 
         Returns:
-            ``[num_qo_heads, head_dim]``, float32; used by comparison selectors.
+            ``[num_qo_heads, head_dim]``, float32; for the ``per_head`` selector.
         """
         return self._head_dims[self._index[layer]]
 

@@ -1,4 +1,4 @@
-"""Stands in for FlashInfer's decode wrapper inside SGLang's FlashInfer backend.
+"""A stand-in for FlashInfer's decode wrapper inside SGLang's FlashInfer backend.
 
 The contract, since SGLang 0.5.17: ``FlashInferAttnBackend.forward_decode`` writes the new keys and
 values to the pool, takes ``forward_metadata.decode_wrappers[i]`` and calls its ``forward(q,
@@ -25,11 +25,15 @@ class SparseDecode:
     Args:
         planner: Selects and attends.
         slots: Slot of every token, lane after lane, int32; the planner's index buffer.
-        labels: This rank's labels.
-        plan: What the layers do.
+        labels: Label cache of this rank.
+        plan: Kind of every layer.
         importance: Selection averages, for lanes that prune.
         num_selecting: (layer, KV head) pairs of this rank that select.
         combine: How a group's query heads are combined; for comparison selectors.
+
+    Attributes:
+        layer: Layer of the model that ``forward`` is called for; the backend sets it before each
+            call.
     """
 
     def __init__(
@@ -47,14 +51,13 @@ class SparseDecode:
         self._num_selecting, self._combine = num_selecting, combine
         self._compared: list[ComparedLanes] = []
         self.layer = 0
-        """The model's layer that ``forward`` is called for; set by the backend before each call."""
 
     def start(self, lanes: list[LaneStep], kv_lens: list[int], mixed: bool) -> None:
         """Plan the coming step.
 
         Args:
-            lanes: The rows of the batch; missing ones at the end are padding.
-            kv_lens: Tokens of every row, padding included.
+            lanes: The lanes of the batch; missing ones at the end are padding.
+            kv_lens: Tokens of every lane, padding included.
             mixed: See ``SparseIndexPlanner.plan``.
         """
         self.planner.plan([lane.planner_lane for lane in lanes], kv_lens, mixed=mixed)
@@ -78,7 +81,7 @@ class SparseDecode:
             sm_scale: Multiplies ``q @ k``.
             logits_soft_cap: Must be 0 or None.
             k_scale: Ignored: pools of scaled keys are refused at start.
-            v_scale: Likewise.
+            v_scale: Ignored, like ``k_scale``.
 
         Raises:
             UnsupportedHostError: The layer caps its logits.
@@ -119,7 +122,7 @@ class SparseDecode:
             raise
 
     def end_step(self) -> None:
-        """Fold what the layers selected into the averages of the lanes that prune."""
+        """Fold the step's selections into the averages of the lanes that prune."""
         if self._num_selecting:
             self.planner.update_averages(
                 self._importance.counts, self._importance.average, self._num_selecting, DECAY
