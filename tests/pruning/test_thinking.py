@@ -49,7 +49,7 @@ def test_thinking_end_over_a_long_reply_reads_every_token_once() -> None:
     req = request(reply)
     for step in range(20_000):
         reply.append(step % 70)
-        # Asked by pruning and again by admission.
+        # Pruning calls it, and admission calls it again.
         assert thinking_end(req, CONFIG) is None
         assert thinking_end(req, CONFIG) is None
     assert reply.reads == len(reply)
