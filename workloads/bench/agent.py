@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -34,7 +35,8 @@ from fasa_sglang.workloads.serving.server import (
 )
 from fasa_sglang.workloads.serving.server_info import server_info
 
-CACHE_REPORT = "--enable-cache-report"
+# Tokens of a turn, to size the KV pool of a CPU server.
+CPU_TURN_TOKENS = 512
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,14 +79,19 @@ def run(args: argparse.Namespace) -> None:
         )
     model = find_model(args.model)
     tokenizer = load_tokenizer(model) if args.tokenize == "client" else None
+    flags = ["--enable-cache-report"]
+    if not torch.cuda.is_available():
+        # The default pool would take a third of the machine's memory.
+        tokens = args.branches * (args.prefix_tokens + args.turns * CPU_TURN_TOKENS)
+        flags += ["--max-total-tokens", str(2 * tokens)]
     results: dict[str, Any] = {}
     if not args.base_url:
         for baseline in args.baseline or [AUTO]:
-            with running_baseline(model, baseline, CACHE_REPORT) as url:
+            with running_baseline(model, baseline, *flags) as url:
                 label = baseline_label(baseline, server_info(url))
                 results |= _measure(args, url, tokenizer, {label: None})
     settings = json.dumps({"min_seq_len": min(2048, args.prefix_tokens)})
-    flags = (CACHE_REPORT, "--settings", settings)
+    flags += ["--settings", settings]
     with given_or_running_server(args.base_url, model, *flags) as url:
         results |= _measure(args, url, tokenizer, {"fasa off": False, "fasa on": args.fasa})
         if results["fasa on"]["kv_read_ratio"] is None:

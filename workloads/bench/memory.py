@@ -28,6 +28,7 @@ from fasa_sglang.dominant_fcs import ModelShape
 from fasa_sglang.errors import FasaError
 from fasa_sglang.layer_plan import LayerPlan
 from fasa_sglang.ops.label_format import LABEL_FORMATS
+from fasa_sglang.requests import parse_request
 from fasa_sglang.workloads.bench.baseline import add_baseline_argument, baseline_label
 from fasa_sglang.workloads.bench.dummy_model import SHAPE_NAMES, served_model, spread_keys
 from fasa_sglang.workloads.device import device_name
@@ -101,6 +102,8 @@ def run(args: argparse.Namespace) -> None:
         pruned_len = args.prompt_tokens + args.prune_budget + args.prune_interval + 1
         more = (smaller - SPARE_SLOTS) // pruned_len
         prune = {"prune": "generated", "prune_budget": args.prune_budget}
+        # A server would refuse an invalid request only after the baselines have run.
+        parse_request({"fasa": prune}, FasaConfig(**settings), args.prompt_tokens)
         runs = [(name, None, pool, args.fits) for name in args.baseline]
         for baseline, fasa, tokens, count in [*runs, (None, prune, smaller, more)]:
             with running_engine(

@@ -98,3 +98,13 @@ def test_bench_serve_reports_every_engine_against_every_baseline(tmp_path: Path)
 def test_bench_serve_with_bad_cases_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "serve", "--cases", "8 by 1024"]) == 1
     assert "--cases must be BATCHxTOKENS,..., got '8 by 1024'" in capsys.readouterr().err
+
+
+def test_bench_memory_with_an_invalid_budget_is_refused_before_it_starts_anything(
+    smollm2_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The baselines used to run first, for minutes."""
+    command = ["bench", "memory", "--shape", "smollm2", "--budget", "48", "--prune-budget", "48"]
+    assert main(command) == 1
+    error = capsys.readouterr().err
+    assert "prune_budget must be at least" in error and "requests in" not in error
