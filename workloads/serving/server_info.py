@@ -36,11 +36,19 @@ def attention_backend(info: Mapping[str, Any]) -> str:
 
     Returns:
         One name; ``prefill+decode`` if SGLang prefills and decodes with different backends.
+
+    Raises:
+        FasaError: The server does not report a backend.
     """
     common = info.get("attention_backend")
     prefill, decode = (
-        str(info.get(f"{phase}_attention_backend") or common) for phase in ("prefill", "decode")
+        info.get(f"{phase}_attention_backend") or common for phase in ("prefill", "decode")
     )
+    if prefill is None or decode is None:
+        raise FasaError(
+            "SGLang does not report which attention backend it uses, expected a name; run fasa "
+            "doctor to check that its version is supported"
+        )
     return prefill if prefill == decode else f"{prefill}+{decode}"
 
 

@@ -90,3 +90,9 @@ def test_server_info_without_a_server_raises() -> None:
 )
 def test_attention_backend_of_a_pair_names_both_halves(info: dict[str, Any], expected: str) -> None:
     assert attention_backend(info) == expected
+
+
+def test_attention_backend_that_is_not_reported_raises() -> None:
+    """A table must not name its baseline "None"."""
+    with pytest.raises(FasaError, match="does not report which attention backend it uses"):
+        attention_backend({"attention_backend": None})
