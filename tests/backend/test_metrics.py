@@ -87,8 +87,8 @@ def require_counters_equal_replies(server: str) -> None:
 
 def test_counters_equal_sum_of_replies(server: str) -> None:
     require_counters_equal_replies(server)
-    # 6001 slots, two layers of two KV heads, eight chunks of two dims, one byte each.
-    assert scrape(server)["label_cache_bytes"] == 6001 * NUM_LAYERS * 2 * 16
+    # 6001 slots, the one layer that selects, two KV heads, eight chunks of two dims of one byte.
+    assert scrape(server)["label_cache_bytes"] == 6001 * (NUM_LAYERS - 1) * 2 * 16
 
 
 def test_counters_with_pipeline_stages_count_each_step_once(
