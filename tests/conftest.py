@@ -164,7 +164,7 @@ def random_model(build_once: BuildOnce) -> Path:
 @pytest.fixture(scope="session")
 def random_calibration(random_model: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A calibration of ``random_model``: with random weights all chunks are equally good."""
-    from fasa_sglang.dominant_fcs import ModelShape
+    from fasa_sglang.model_shape import ModelShape
     from fasa_sglang.workloads.models.shapes import any_chunks, load_config
 
     shape = ModelShape.from_config(load_config(str(random_model)))

@@ -12,8 +12,9 @@ from sglang.srt.runtime_context import get_serving
 from fasa_sglang.backend.host import attention_backends
 from fasa_sglang.calibration_cache import cached_calibration
 from fasa_sglang.config import ENV, FasaConfig
-from fasa_sglang.dominant_fcs import DominantFCs, ModelShape
+from fasa_sglang.dominant_fcs import DominantFCs
 from fasa_sglang.errors import ConfigError, RequestError
+from fasa_sglang.model_shape import ModelShape
 from fasa_sglang.names import BACKEND_NAME
 from fasa_sglang.requests import FasaRequest, parse_request
 

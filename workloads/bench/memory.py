@@ -24,9 +24,9 @@ from rich.table import Table
 
 from fasa_sglang import __version__
 from fasa_sglang.config import FasaConfig
-from fasa_sglang.dominant_fcs import ModelShape
 from fasa_sglang.errors import FasaError
 from fasa_sglang.layer_plan import LayerPlan
+from fasa_sglang.model_shape import ModelShape
 from fasa_sglang.ops.label_format import LABEL_FORMATS
 from fasa_sglang.requests import parse_request
 from fasa_sglang.workloads.bench.baseline import add_baseline_argument, baseline_label

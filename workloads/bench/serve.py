@@ -26,8 +26,8 @@ from rich.table import Table
 
 from fasa_sglang import __version__
 from fasa_sglang.config import FasaConfig
-from fasa_sglang.dominant_fcs import ModelShape
 from fasa_sglang.errors import FasaError
+from fasa_sglang.model_shape import ModelShape
 from fasa_sglang.names import BACKEND_NAME
 from fasa_sglang.ops.reference import COMBINE_RULES
 from fasa_sglang.workloads.bench.baseline import add_baseline_argument, baseline_label

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from fasa_sglang.dominant_fcs import DominantFCs, ModelShape
+from fasa_sglang.dominant_fcs import DominantFCs
 from fasa_sglang.errors import FasaError
+from fasa_sglang.model_shape import ModelShape
 
 # Hugging Face configs.
 SHAPES: dict[str, dict[str, Any]] = {

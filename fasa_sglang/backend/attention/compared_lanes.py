@@ -11,10 +11,9 @@ from collections.abc import Sequence
 import torch
 
 from fasa_sglang.backend.attention.label_cache import LabelCache
+from fasa_sglang.backend.attention.selector_scores import selector_scores
 from fasa_sglang.backend.step import LaneStep
-from fasa_sglang.ops import reference
 from fasa_sglang.requests import FasaRequest
-from fasa_sglang.selectors import SELECTORS, DecodeView
 
 
 class ComparedLanes:
@@ -87,32 +86,19 @@ class ComparedLanes:
             ``slot * HKV + kv_head``, ``[lanes, HKV, N]``, int32. In a lane with fewer than ``N``
             tokens, entries from its length on are undefined.
         """
-        q = q[self.lanes]
-
-        def label_scores() -> torch.Tensor:
-            return reference.token_importance(
-                q,
-                labels.layer(layer),
-                self.slots,
-                self.seq_lens,
-                sm_scale=sm_scale,
-                combine=combine,
-            )
-
-        view = DecodeView(
-            q=q,
-            k_cache=k_cache,
-            slots=self.slots,
-            seq_lens=self.seq_lens,
-            label_scores=label_scores,
-            head_dims=labels.head_dims(layer),
+        scores = selector_scores(
+            self.request,
+            labels,
+            layer,
+            q[self.lanes],
+            k_cache,
+            self.slots,
+            self._lengths,
             sm_scale=sm_scale,
             combine=combine,
-            # Different draws for every layer and step, the same ones in a repeated run.
-            seeds=[hash((self.request.seed, layer, length)) for length in self._lengths],
         )
         positions = best_positions(
-            SELECTORS[self.request.selector].scores(view),
+            scores,
             self.seq_lens,
             budget=self.request.budget,
             # The sink lies inside a prompt that is attended whole.

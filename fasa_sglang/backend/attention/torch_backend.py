@@ -13,11 +13,10 @@ import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
 from fasa_sglang.backend.attention.base import FasaBackend
+from fasa_sglang.backend.attention.selector_scores import selector_scores
 from fasa_sglang.backend.step import LaneStep
 from fasa_sglang.config import FasaConfig
 from fasa_sglang.ops import reference
-from fasa_sglang.requests import FasaRequest
-from fasa_sglang.selectors import SELECTORS, DecodeView
 
 
 class FasaTorchAttnBackend(FasaBackend, TorchNativeAttnBackend):
@@ -113,7 +112,17 @@ class FasaTorchAttnBackend(FasaBackend, TorchNativeAttnBackend):
             everything = torch.arange(lane.live_len, device=q.device)
             positions = everything.expand(1, k_cache.shape[1], -1)
         else:
-            scores = self._score(q, k_cache, slots, seq_lens, layer, lane.request)
+            scores = selector_scores(
+                lane.request,
+                self.label_cache,
+                layer.layer_id,
+                q,
+                k_cache,
+                slots,
+                [lane.live_len],
+                sm_scale=layer.scaling,
+                combine=self.config.combine,
+            )
             positions, _ = reference.select_tokens(
                 scores,
                 seq_lens,
@@ -127,38 +136,3 @@ class FasaTorchAttnBackend(FasaBackend, TorchNativeAttnBackend):
         return reference.focused_attention(
             q, k_cache, v_cache, slots, positions, sm_scale=layer.scaling
         )
-
-    def _score(
-        self,
-        q: torch.Tensor,
-        k_cache: torch.Tensor,
-        slots: torch.Tensor,
-        seq_lens: torch.Tensor,
-        layer: Any,
-        request: FasaRequest,
-    ) -> torch.Tensor:
-        """Scores of the request's selector, ``[1, num_kv_heads, live_len]``, float32."""
-
-        def label_scores() -> torch.Tensor:
-            return reference.token_importance(
-                q,
-                self.label_cache.layer(layer.layer_id),
-                slots,
-                seq_lens,
-                sm_scale=layer.scaling,
-                combine=self.config.combine,
-            )
-
-        view = DecodeView(
-            q=q,
-            k_cache=k_cache,
-            slots=slots,
-            seq_lens=seq_lens,
-            label_scores=label_scores,
-            head_dims=self.label_cache.head_dims(layer.layer_id),
-            sm_scale=layer.scaling,
-            combine=self.config.combine,
-            # Differs between layers and steps but is the same in a repeated run.
-            seeds=[hash((request.seed, layer.layer_id, slots.shape[1]))],
-        )
-        return SELECTORS[request.selector].scores(view)

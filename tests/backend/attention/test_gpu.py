@@ -212,7 +212,7 @@ def test_real_weights_with_covering_budgets_equal_dense(
     from transformers import AutoTokenizer
 
     from fasa_sglang.calibration import corpus
-    from fasa_sglang.dominant_fcs import ModelShape
+    from fasa_sglang.model_shape import ModelShape
     from fasa_sglang.workloads.models.shapes import any_chunks, load_config
 
     count, longest = draw(8, 64), 8000

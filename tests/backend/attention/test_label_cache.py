@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from fasa_sglang.backend.attention.label_cache import LabelCache
-from fasa_sglang.dominant_fcs import DominantFCs, ModelShape
+from fasa_sglang.dominant_fcs import DominantFCs
 from fasa_sglang.layer_plan import LayerPlan
+from fasa_sglang.model_shape import ModelShape
 from fasa_sglang.ops import reference
 from fasa_sglang.ops.label_format import LABEL_FORMATS, LabelFormat
 from fasa_sglang.rope import RopeLayout

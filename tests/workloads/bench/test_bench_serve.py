@@ -60,7 +60,7 @@ def test_add_speedups_compares_every_row_with_every_baseline() -> None:
 def test_label_share_is_the_labels_part_of_a_token() -> None:
     from transformers import LlamaConfig
 
-    from fasa_sglang.dominant_fcs import ModelShape
+    from fasa_sglang.model_shape import ModelShape
     from fasa_sglang.workloads.models.shapes import SHAPES
 
     shape = ModelShape.from_config(LlamaConfig(**SHAPES["llama3.1-8b"]))
