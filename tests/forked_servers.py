@@ -9,6 +9,7 @@ Usage: ``python forked_servers.py STARTUPS.json OUTCOMES.json``, where STARTUPS 
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -143,6 +144,9 @@ def _import_sglang() -> None:
     import sglang.srt.models.registry
 
     sglang.launch_server.load_plugins()
+    # A garbage collection in a child would otherwise visit, and so copy, all of these objects.
+    gc.collect()
+    gc.freeze()
 
 
 def main(startups: Path, outcomes: Path) -> None:
