@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import os
+import runpy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,17 @@ from typing import Any
 import pytest
 import torch
 
+from fasa_sglang.names import PLATFORM_NAME
 from serving import running_server, server_command
 
 BuildOnce = Callable[[str, Callable[[Path], None]], Path]
+
+if not torch.cuda.is_available():
+    # Read when SGLang is imported, which forked processes do not do again.
+    os.environ["SGLANG_PLATFORM"] = PLATFORM_NAME
+    folder = str(Path(__file__).with_name("forked_processes"))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
+    runpy.run_path(f"{folder}/sitecustomize.py")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,7 +1,7 @@
 """Start many real SGLang servers from one process that has imported SGLang once.
 
 Most of a server start is imports. This script imports SGLang, then forks a process per server that
-runs SGLang's own ``launch_server``; its scheduler and detokenizer are forked instead of spawned.
+runs SGLang's own ``launch_server``; see ``forked_processes`` for its scheduler and detokenizer.
 
 Usage: ``python forked_servers.py STARTUPS.json OUTCOMES.json``, where STARTUPS is a list of
 ``{"name", "arguments", "environment"}`` and OUTCOMES maps each name to an ``Outcome``.
@@ -9,9 +9,7 @@ Usage: ``python forked_servers.py STARTUPS.json OUTCOMES.json``, where STARTUPS 
 
 from __future__ import annotations
 
-import gc
 import json
-import multiprocessing
 import os
 import signal
 import sys
@@ -144,17 +142,11 @@ def _import_sglang() -> None:
     import sglang.srt.models.registry
 
     sglang.launch_server.load_plugins()
-    # A garbage collection in a child would otherwise visit, and so copy, all of these objects.
-    gc.collect()
-    gc.freeze()
 
 
 def main(startups: Path, outcomes: Path) -> None:
     """Run all start-ups, ``PARALLEL`` at a time."""
     _import_sglang()
-    multiprocessing.set_start_method("fork", force=True)
-    # SGLang sets "spawn", which would import everything again in every process.
-    multiprocessing.set_start_method = lambda *args, **kwargs: None  # type: ignore[method-assign]
     waiting = json.loads(startups.read_text())
     running: dict[str, ForkedServer] = {}
     ended: dict[str, Any] = {}

@@ -1,0 +1,16 @@
+"""Let SGLang fork its processes, where it would spawn them.
+
+Every spawned process imports SGLang anew, which takes 14 seconds of CPU time; a forked one has it
+already. Python runs this module at start in every process that has this folder in ``PYTHONPATH``,
+which ``conftest.py`` sees to. Not for GPUs: a CUDA context does not survive a fork.
+"""
+
+import gc
+import multiprocessing
+import os
+
+multiprocessing.set_start_method("fork", force=True)
+# SGLang calls this with "spawn".
+multiprocessing.set_start_method = lambda *args, **kwargs: None
+# A garbage collection in the child would otherwise visit, and so copy, all of the parent's objects.
+os.register_at_fork(before=gc.freeze)
