@@ -22,7 +22,7 @@ if not torch.cuda.is_available():
     os.environ["SGLANG_PLATFORM"] = PLATFORM_NAME
     folder = str(Path(__file__).with_name("forked_processes"))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
-    runpy.run_path(f"{folder}/sitecustomize.py")
+    forked_processes = runpy.run_path(f"{folder}/sitecustomize.py")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -67,6 +67,18 @@ def build_once(
         return path
 
     return build_or_wait
+
+
+@pytest.fixture
+def spawned_processes() -> Iterator[None]:
+    """Let SGLang spawn its processes, so that they read the environment when they import it."""
+    if torch.cuda.is_available():
+        yield
+        return
+    set_start_method = forked_processes["set_start_method"]
+    set_start_method("spawn", force=True)
+    yield
+    set_start_method("fork", force=True)
 
 
 @pytest.fixture(scope="session")

@@ -96,8 +96,10 @@ def test_serve_calibrates_at_the_first_start_only(
     flags = [*PLAIN, *SMALL, "--port", port, "--budget=64", "--default", "auto"]
     secure = ["--api-key", "secret", "--ssl-certfile", certificate[0]]
     secure += ["--ssl-keyfile", certificate[1]]
+    # SGLang spawns its processes here, as on a user's machine; see tests/forked_processes.
+    environment = {"FASA_CONFIG": str(file), "PYTHONPATH": ""}
     for origin, extra in (("made now", []), ("kept from an earlier run", secure)):
-        process, log = start(tmp_path, *flags, str(tiny_path), *extra, FASA_CONFIG=str(file))
+        process, log = start(tmp_path, *flags, str(tiny_path), *extra, **environment)
         try:
             rows = announced(process, log)
             assert ("calibrating" in log.read_text()) == (origin == "made now")

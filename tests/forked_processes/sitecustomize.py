@@ -9,7 +9,8 @@ import gc
 import multiprocessing
 import os
 
-multiprocessing.set_start_method("fork", force=True)
+set_start_method = multiprocessing.set_start_method
+set_start_method("fork", force=True)
 # SGLang calls this with "spawn".
 multiprocessing.set_start_method = lambda *args, **kwargs: None
 # A garbage collection in the child would otherwise visit, and so copy, all of the parent's objects.

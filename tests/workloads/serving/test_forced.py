@@ -169,6 +169,7 @@ def test_forced_reply_to_a_chunked_prompt_starts_at_its_first_token(
             steps(reply, [ids[0], 99])
 
 
+@pytest.mark.usefixtures("spawned_processes")
 def test_forced_reply_of_a_retracted_request_is_complete(
     random_model: Path, random_calibration: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
