@@ -123,6 +123,12 @@ HOOKS: tuple[Hook, ...] = (
         "builds the response of requests in the foreground and in the background",
     ),
     Hook(
+        f"{_ANTHROPIC}.handle_messages",
+        reports.refuse_message,
+        _AROUND,
+        "has the answer to a request whose conversion failed, which is HTTP 500 in SGLang 0.5.17",
+    ),
+    Hook(
         f"{_ANTHROPIC}._handle_non_streaming",
         reports.report_message,
         _AROUND,

@@ -141,6 +141,24 @@ async def report_full_response(
     return response if reply is None else add_report(response, None, None, [reply])
 
 
+async def refuse_message(
+    original: Callable[..., Awaitable[Any]],
+    serving: Any,
+    request: Any,
+    raw_request: Request,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Answer a refused ``/v1/messages`` request with HTTP 400, where SGLang 0.5.17 answers 500."""
+    response = await original(serving, request, raw_request, *args, **kwargs)
+    refusal = getattr(raw_request.state, "fasa_refusal", None)
+    if refusal is None or response.status_code != 500:
+        return response
+    return serving._error_response(
+        status_code=400, error_type="invalid_request_error", message=refusal
+    )
+
+
 async def report_message(original: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any) -> Any:
     """Report in the ``metadata`` of a ``/v1/messages`` reply."""
     response = await original(*args, **kwargs)

