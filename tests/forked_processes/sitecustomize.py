@@ -9,9 +9,18 @@ import gc
 import multiprocessing
 import os
 
-set_start_method = multiprocessing.set_start_method
+# pytest-xdist's workers run this module twice: at start, and from ``conftest.py``.
+set_start_method = getattr(
+    multiprocessing.set_start_method, "original", multiprocessing.set_start_method
+)
+
+
+def keep_start_method(*args, **kwargs):
+    """What SGLang calls with "spawn"."""
+
+
+keep_start_method.original = set_start_method
 set_start_method("fork", force=True)
-# SGLang calls this with "spawn".
-multiprocessing.set_start_method = lambda *args, **kwargs: None
+multiprocessing.set_start_method = keep_start_method
 # A garbage collection in the child would otherwise visit, and so copy, all of the parent's objects.
 os.register_at_fork(before=gc.freeze)
