@@ -93,6 +93,7 @@ class ComparedLanes:
             q[self.lanes],
             k_cache,
             self.slots,
+            self.seq_lens,
             self._lengths,
             sm_scale=sm_scale,
             combine=combine,

@@ -19,6 +19,7 @@ def selector_scores(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     slots: torch.Tensor,
+    seq_lens: torch.Tensor,
     lengths: Sequence[int],
     *,
     sm_scale: float,
@@ -33,14 +34,14 @@ def selector_scores(
         q: Queries after RoPE, ``[B, HQ, D]``.
         k_cache: Keys after RoPE, ``[num_slots, HKV, D]``.
         slots: Position to slot, ``[B, L]``, int64; entries from a lane's length on are ignored.
-        lengths: Tokens of each lane, ``[B]``.
+        seq_lens: Tokens of each lane, ``[B]``, int64.
+        lengths: The same numbers on the host.
         sm_scale: Multiplies ``q @ k``.
         combine: How a group's query heads are combined.
 
     Returns:
         ``[B, HKV, L]``, float32, ``-inf`` from a lane's length on.
     """
-    seq_lens = torch.tensor(lengths, device=q.device)
 
     def label_scores() -> torch.Tensor:
         return reference.token_importance(

@@ -119,6 +119,7 @@ class FasaTorchAttnBackend(FasaBackend, TorchNativeAttnBackend):
                 q,
                 k_cache,
                 slots,
+                seq_lens,
                 [lane.live_len],
                 sm_scale=layer.scaling,
                 combine=self.config.combine,
