@@ -1,145 +1,158 @@
-"""Rank the frequency chunks of a model on a text, and judge the ranking on another."""
+"""From the queries and keys of a text to a calibration.
+
+The tensors come from the engine that serves the model, where each rank holds a part of the heads
+and layers; see ``backend/engine_calibration.py``.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from fasa_sglang import __version__
-from fasa_sglang.calibration.capture import Consumer, capture_qk
-from fasa_sglang.calibration.corpus import CHARS_PER_TOKEN, Text
-from fasa_sglang.calibration.model import context_length
-from fasa_sglang.calibration.progress import LayerProgress
+from fasa_sglang.calibration.corpus import Text
 from fasa_sglang.calibration.rankers import rank_statistics, selection_quality
 from fasa_sglang.calibration.settings import CalibrationSettings
-from fasa_sglang.dominant_fcs import MIN_K_SCALE, DominantFCs
-from fasa_sglang.errors import CalibrationError
+from fasa_sglang.dominant_fcs import MIN_K_SCALE
 from fasa_sglang.model_shape import ModelShape
 
+QUALITY_FIGURES = ("agreement", "mass", "oracle_mass")
 
-def calibrate(
-    model: Any,
-    tokenizer: Any,
-    text: Text,
-    held_out: Text,
-    settings: CalibrationSettings,
-    interleaved: bool | None = None,
-    progress: LayerProgress | None = None,
-) -> DominantFCs:
-    """Rank the frequency chunks of every KV head.
+
+@dataclass(frozen=True)
+class LayerScores:
+    """What the text says of one layer's heads.
 
     Args:
-        model: A transformers model with ``sdpa`` attention, on one device or on several.
-        tokenizer: Its tokenizer.
-        text: The text that ranks the chunks.
-        held_out: The text that judges the ranking; the figures go into the provenance.
-        settings: How to calibrate.
-        interleaved: The rotary layout, for a model type that ``rope.py`` does not know.
-        progress: Called after every layer of each of the two passes.
+        score: The ranker's value of each chunk for each query head, ``[HQ, C]``, float32.
+        k_mean: Mean of every dim of K, ``[HKV, D]``, float32.
+        k_scale: Largest absolute deviation from it, 1 for a dim that does not vary; same shape.
+    """
+
+    score: torch.Tensor
+    k_mean: torch.Tensor
+    k_scale: torch.Tensor
+
+
+def score_layer(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    chunk_dims: torch.Tensor,
+    positions: torch.Tensor,
+    settings: CalibrationSettings,
+) -> LayerScores:
+    """Rate the chunks of a layer's heads, and measure its keys.
+
+    Args:
+        q: The sampled queries after RoPE, ``[HQ, P, D]``.
+        k: The keys of the text after RoPE, ``[HKV, T, D]``.
+        chunk_dims: Head dims of each chunk, ``[C, 2]``.
+        positions: Positions of the queries, ``[P]``.
+        settings: How to calibrate, filled in by ``CalibrationSettings.for_context``.
+    """
+    assert settings.top_k is not None
+    dims, ranker = chunk_dims.to(k.device), settings.ranker
+    score = rank_statistics(q, k, dims, positions, settings.top_k, [ranker])[ranker]
+    mean = k.float().mean(dim=1)
+    spread = (k.float() - mean[:, None]).abs().amax(dim=1).cpu()
+    # Labels are divided by the spread, and a zero-padded head has none.
+    scale = torch.where(spread < MIN_K_SCALE, 1.0, spread)
+    return LayerScores(score, mean.cpu(), scale)
+
+
+def rank_chunks(score: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
+    """Order the chunks of every KV head by the mean score of its query heads.
+
+    Args:
+        score: ``[layers, HQ, C]``, float32.
+        num_kv_heads: KV heads of a layer.
 
     Returns:
-        The calibration; equal arguments give equal calibrations.
-
-    Raises:
-        CalibrationError: A text is too short, or longer than the model's context.
-        UnsupportedModelError: FASA does not support the model's attention.
+        Chunks, best first, ``[layers, HKV, C]``, int16.
     """
-    shape = ModelShape.from_config(model.config, interleaved)
-    settings = settings.for_context(context_length(model))
-    assert settings.tokens is not None and settings.top_k is not None
-    tokens, top_k = settings.tokens, settings.top_k
-    chunk_dims = shape.rope.chunk_dims()
-    num_fcs = shape.default_num_fcs if settings.num_fcs is None else settings.num_fcs
-    shape.check_num_fcs(num_fcs)
-    positions = _sample_positions(tokens, settings.num_queries, settings.seed)
-    values: list[torch.Tensor] = []
-    means: list[torch.Tensor] = []
-    scales: list[torch.Tensor] = []
-
-    def rank(layer: int, q: torch.Tensor, k: torch.Tensor, sm_scale: float) -> None:
-        dims, ranker = chunk_dims.to(k.device), settings.ranker
-        values.append(rank_statistics(q, k, dims, positions, top_k, [ranker])[ranker])
-        mean = k.float().mean(dim=1)
-        means.append(mean.cpu())
-        spread = (k.float() - mean[:, None]).abs().amax(dim=1).cpu()
-        # Labels are divided by the spread, and a zero-padded head has none.
-        scales.append(torch.where(spread < MIN_K_SCALE, 1.0, spread))
-        if progress is not None:
-            progress("ranking", layer + 1, shape.num_layers)
-
-    ids = _tokenize(tokenizer, text, tokens)
-    held_out_ids = _tokenize(tokenizer, held_out, tokens)
-    _run(model, ids, rank)
-    score = torch.stack(values)
-    groups = score.unflatten(1, (shape.num_kv_heads, -1)).mean(dim=2)
+    groups = score.unflatten(1, (num_kv_heads, -1)).mean(dim=2)
     # A stable sort keeps RoPE's order of equal scores on every machine.
-    ranking = groups.argsort(dim=-1, descending=True, stable=True)
+    return groups.argsort(dim=-1, descending=True, stable=True).to(torch.int16)
 
-    grid = sorted({max(1, shape.rope.num_chunks // part) for part in (8, 4, 2)} | {num_fcs})
-    sums = {name: torch.zeros(len(grid)) for name in ("agreement", "mass", "oracle_mass")}
 
-    def judge(layer: int, q: torch.Tensor, k: torch.Tensor, sm_scale: float) -> None:
-        dims = chunk_dims.to(k.device)
-        quality = selection_quality(q, k, dims, positions, top_k, ranking[layer], grid, sm_scale)
-        for name, value in quality.items():
-            sums[name].add_(value / shape.num_layers)
-        if progress is not None:
-            progress("judging", layer + 1, shape.num_layers)
+def judge_layer(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    chunk_dims: torch.Tensor,
+    positions: torch.Tensor,
+    settings: CalibrationSettings,
+    ranking: torch.Tensor,
+    grid: list[int],
+    sm_scale: float,
+) -> torch.Tensor:
+    """Judge a layer's ranking on a text that it was not made from.
 
-    _run(model, held_out_ids, judge)
-    return DominantFCs(
-        model=shape,
-        num_fcs=num_fcs,
-        ranking=ranking.to(torch.int16),
-        score=score,
-        k_mean=torch.stack(means),
-        k_scale=torch.stack(scales),
-        provenance={
-            "fasa_sglang": __version__,
-            "ranker": settings.ranker,
-            "text": text.name,
-            "text_sha256": text.sha256,
-            "tokens": tokens,
-            "top_k": top_k,
-            "num_queries": settings.num_queries,
-            "seed": settings.seed,
-            "held_out": {
-                "text": held_out.name,
-                "text_sha256": held_out.sha256,
-                "num_fcs": grid,
-                **{name: [round(x, 4) for x in value.tolist()] for name, value in sums.items()},
-            },
-        },
+    Args:
+        q, k, chunk_dims, positions, settings: As for ``score_layer``.
+        ranking: Chunks of each KV head, best first, ``[HKV, C]``.
+        grid: Numbers of chunks to judge.
+        sm_scale: Factor of the logits inside the softmax.
+
+    Returns:
+        One row for each of ``QUALITY_FIGURES``, ``[3, len(grid)]``, float32.
+    """
+    assert settings.top_k is not None
+    quality = selection_quality(
+        q, k, chunk_dims.to(k.device), positions, settings.top_k, ranking, grid, sm_scale
     )
+    return torch.stack([quality[name] for name in QUALITY_FIGURES])
 
 
-def _sample_positions(tokens: int, num_queries: int, seed: int) -> torch.Tensor:
+def quality_grid(shape: ModelShape, num_fcs: int) -> list[int]:
+    """Numbers of chunks to judge: an eighth, a quarter and a half of them, and the default."""
+    parts = {max(1, shape.rotation.num_chunks // part) for part in (8, 4, 2)}
+    return sorted(parts | {num_fcs})
+
+
+def sample_positions(settings: CalibrationSettings) -> torch.Tensor:
     """Draw positions of queries from the second half of a text, in ascending order."""
-    half = tokens // 2
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randperm(tokens - half, generator=generator)[:num_queries]
+    assert settings.tokens is not None
+    half = settings.tokens // 2
+    generator = torch.Generator().manual_seed(settings.seed)
+    drawn = torch.randperm(settings.tokens - half, generator=generator)[: settings.num_queries]
     return (drawn + half).sort().values
 
 
-def _tokenize(tokenizer: Any, text: Text, tokens: int) -> torch.Tensor:
-    """The first ``tokens`` token ids of a text, ``[tokens]``."""
-    # Texts are long; tokenize no more of one than any tokenizer needs.
-    content = text.content[: CHARS_PER_TOKEN * tokens]
-    ids = tokenizer(content, return_tensors="pt").input_ids[0, :tokens]
-    if len(ids) < tokens:
-        raise CalibrationError(
-            f"calibration needs {tokens} tokens of text, {text.name} has {len(ids)}; give a longer "
-            "--text or a smaller --tokens"
-        )
-    return ids
+def provenance(
+    settings: CalibrationSettings,
+    text: Text,
+    held_out: Text,
+    grid: list[int],
+    quality: torch.Tensor,
+) -> dict[str, Any]:
+    """How a calibration was made, in JSON types.
 
-
-def _run(model: Any, ids: torch.Tensor, consume: Consumer) -> None:
-    """Run the model without its LM head, passing each layer's q and k to ``consume``."""
-    # Weights that accelerate keeps outside the GPUs are on no device; its hooks move the ids.
-    device = model.get_input_embeddings().weight.device
-    if device.type != "meta":
-        ids = ids.to(device)
-    with torch.inference_mode(), capture_qk(consume):
-        model.base_model(input_ids=ids[None], use_cache=False)
+    Args:
+        settings: How to calibrate, filled in.
+        text: The text that ranked the chunks.
+        held_out: The text that judged the ranking.
+        grid: Numbers of chunks that were judged.
+        quality: Mean of ``judge_layer`` over layers, ``[3, len(grid)]``.
+    """
+    figures = {
+        name: [round(x, 4) for x in row]
+        for name, row in zip(QUALITY_FIGURES, quality.tolist(), strict=True)
+    }
+    return {
+        "fasa_sglang": __version__,
+        "ranker": settings.ranker,
+        "text": text.name,
+        "text_sha256": text.sha256,
+        "tokens": settings.tokens,
+        "top_k": settings.top_k,
+        "num_queries": settings.num_queries,
+        "seed": settings.seed,
+        "held_out": {
+            "text": held_out.name,
+            "text_sha256": held_out.sha256,
+            "num_fcs": grid,
+            **figures,
+        },
+    }

@@ -18,13 +18,13 @@ def save_heatmap(dominant: DominantFCs, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    num_layers, num_chunks = dominant.model.num_layers, dominant.model.rope.num_chunks
+    num_layers, num_chunks = len(dominant.model.layers), dominant.model.rotation.num_chunks
     figure = Figure(figsize=(2 + num_chunks / 6, 2 + num_layers / 6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     image = axes.imshow(dominant.score.mean(dim=1).numpy(), aspect="auto", interpolation="nearest")
     axes.set_xlabel("frequency chunk (fast to slow)")
-    axes.set_ylabel("layer")
+    axes.set_ylabel("layer that attends to all tokens")
     axes.set_title(f"{dominant.model.architecture}: {dominant.provenance['ranker']}")
     figure.colorbar(image, label="mean over query heads")
     png = BytesIO()

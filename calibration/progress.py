@@ -1,50 +1,12 @@
-"""Show how far a calibration is: a bar in a terminal, lines in a log file."""
+"""Show how far a calibration is, in lines that a log file can hold."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
-
-LayerProgress = Callable[[str, int, int], None]
-"""Called after every layer with the stage's name, the layers done, and the number of layers."""
+from pathlib import Path
 
 LINE_INTERVAL_SEC = 5.0
-
-
-@contextmanager
-def progress_bar() -> Iterator[LayerProgress]:
-    """Report the progress of a calibration on stderr for the duration of a ``with`` block."""
-    if not sys.stderr.isatty():
-        yield ProgressLines()
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("layers"),
-        TimeRemainingColumn(),
-    )
-    tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done)
-
-        yield show
 
 
 class ProgressLines:
@@ -60,7 +22,13 @@ class ProgressLines:
         self._start = self._last = 0.0
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Report a layer; see ``LayerProgress``."""
+        """Report a layer.
+
+        Args:
+            stage: What is done to the layers, one after the other.
+            done: Layers that are done.
+            total: Layers of this stage.
+        """
         now = time.monotonic()
         if stage != self._stage:
             self._stage, self._start, self._last = stage, now, -self._interval_sec
@@ -73,3 +41,13 @@ class ProgressLines:
             left = (now - self._start) / (done - 1) * (total - done)
             line += f", about {left:.0f} s left"
         print(line, file=sys.stderr, flush=True)
+
+    def end(self, seconds: float, out: Path | None) -> None:
+        """Report the end of a calibration.
+
+        Args:
+            seconds: How long it took.
+            out: The file that was written; None if the calibration is not kept.
+        """
+        where = f"wrote {out}" if out is not None else "not kept, because the weights are random"
+        print(f"calibration: done in {seconds:.1f} s, {where}", file=sys.stderr, flush=True)

@@ -19,11 +19,11 @@ def chunk_scores(
     """Compute each chunk's contribution to the attention logits, one query at a time.
 
     Args:
-        q: ``[HQ, T, D]`` after RoPE.
+        q: The sampled queries after RoPE, ``[HQ, P, D]``.
         k: ``[HKV, T, D]`` after RoPE.
         chunk_dims: Head dims of each chunk, ``[C, 2]``.
-        positions: Positions of the sampled queries, ``[P]``. As in a decode step, the query at
-            position ``t`` attends to the tokens up to ``t``.
+        positions: Positions of the queries, ``[P]``. As in a decode step, the query at position
+            ``t`` attends to the tokens up to ``t``.
 
     Yields:
         For each KV head and position: the KV head, and its ``[G, C, t + 1]`` contributions,
@@ -32,7 +32,7 @@ def chunk_scores(
     groups = q.float().unflatten(0, (k.shape[0], -1))
     for head in range(k.shape[0]):
         keys = k[head].float()[:, chunk_dims]
-        queries = groups[head][:, positions][..., chunk_dims]
+        queries = groups[head][..., chunk_dims]
         for i, position in enumerate(positions.tolist()):
             yield (
                 head,

@@ -13,7 +13,7 @@ from safetensors.torch import load, save
 from fasa_sglang.errors import CalibrationError
 from fasa_sglang.output_file import write_whole
 
-FORMAT = 3
+FORMAT = 4
 """Version of the format. Also raised when new defaults call for new cached calibrations."""
 
 METADATA_KEY = "fasa"

@@ -16,16 +16,19 @@ COMMANDS = {
         "fasa_sglang.commands.doctor",
         "check the installation and report what would be refused",
     ),
-    "calibrate": ("fasa_sglang.calibration.command", "rank a model's frequency chunks"),
+    "calibrate": ("fasa_sglang.commands.calibrate", "rank a model's frequency chunks"),
     "serve": (
         "fasa_sglang.commands.serve",
-        "start SGLang with FASA; calibrates a model the first time",
+        "start SGLang with FASA; a model's first start calibrates it",
     ),
     "bench": ("fasa_sglang.workloads.bench.command", "measure kernels, a server or an agent loop"),
     "eval": ("fasa_sglang.workloads.eval.command", "measure the quality of a model's answers"),
     "demo": ("fasa_sglang.workloads.demo", "serve a long prompt with and without FASA"),
 }
 """For each subcommand, the module that defines ``add_arguments`` and ``run``, and its help."""
+
+TAKE_SGLANG_FLAGS = ("calibrate", "serve")
+"""Subcommands that pass flags which are not their own on to SGLang."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,10 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             command = importlib.import_module(module)
             command.add_arguments(subparser)
     args, rest = parser.parse_known_args(argv)
-    if rest and args.command != "serve":
+    takes_rest = args.command in TAKE_SGLANG_FLAGS
+    if rest and not takes_rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        command.run(args, rest) if args.command == "serve" else command.run(args)
+        command.run(args, rest) if takes_rest else command.run(args)
     except FasaError as error:
         print(f"fasa {args.command}: {error}", file=sys.stderr)
         return 1

@@ -23,7 +23,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "combine": COMBINE_RULES,
     "label_dtype": tuple(LABEL_FORMATS),
     "prune_rule": ("fasa", "random", "oldest"),
-    "rope_layout": ("auto", "neox", "interleaved"),
     # "any" lets each request choose its selector.
     "selector": (*SELECTORS, "any"),
 }
@@ -48,8 +47,8 @@ class FasaConfig:
     """The FASA settings of a server. Loaded once per process and passed on from there.
 
     Args:
-        calibration: Path of the file that ``fasa calibrate`` wrote, or ``auto`` for the one that
-            ``fasa serve`` keeps in its cache for the model.
+        calibration: Path of the file that ``fasa calibrate`` wrote, or ``auto``: the server
+            calibrates itself at its first start and keeps the result in its cache.
         default: What to do with requests that do not set ``fasa``: decode densely (``off``), use
             FASA (``on``), or use FASA if the prompt has at least ``min_seq_len`` tokens (``auto``).
         budget: Default number of tokens attended per (request, KV head) and step.
@@ -63,8 +62,6 @@ class FasaConfig:
             tokens. ``mean`` averages the raw scores, which takes one dot product per group.
         num_dense_layers: Number of leading layers that always attend to all tokens.
         label_dtype: Element type of the label cache, a key of ``LABEL_FORMATS``.
-        rope_layout: Which head dims RoPE rotates together. ``auto`` looks the model's type up;
-            ``neox`` and ``interleaved`` are for model types that are not in the table.
         min_seq_len: A request decodes densely while it is shorter than this many tokens.
         selector: The rule that ranks tokens, a key of ``SELECTORS``; all but ``fasa`` are for
             comparison. With ``any`` each request chooses its own.
@@ -87,7 +84,7 @@ class FasaConfig:
         ConfigError: A value has the wrong type or is out of its range.
     """
 
-    calibration: str | None = None
+    calibration: str = "auto"
     default: str = "off"
     budget: int = 2048
     max_budget: int = 4096
@@ -97,7 +94,6 @@ class FasaConfig:
     combine: str = "nrm"
     num_dense_layers: int = 1
     label_dtype: str = "fp8"
-    rope_layout: str = "auto"
     min_seq_len: int = 2048
     selector: str = "fasa"
     seed: int = 0
@@ -115,7 +111,7 @@ class FasaConfig:
             if value not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {value!r:.80}")
         path = self.calibration
-        if path is not None and (not isinstance(path, str) or not path):
+        if not isinstance(path, str) or not path:
             raise ConfigError(
                 f"calibration must be 'auto' or the path of a file, got {path!r:.80}; run fasa "
                 "calibrate to write one"
@@ -142,11 +138,6 @@ class FasaConfig:
                 f"budget must be from sink + recent + 1 = {self.sink + self.recent + 1} to "
                 f"max_budget = {self.max_budget} tokens, got {self.budget}"
             )
-
-    @property
-    def interleaved(self) -> bool | None:
-        """``rope_layout`` in the form that ``rope_layout_from_config`` takes."""
-        return None if self.rope_layout == "auto" else self.rope_layout == "interleaved"
 
     @classmethod
     def load(cls, explicit: Mapping[str, Any] | None = None) -> FasaConfig:

@@ -1,10 +1,8 @@
-"""A calibration: which frequency chunks of every KV head rank tokens like the whole head.
-
-Its file is the only thing that the offline calibration and the server share.
-"""
+"""A calibration: which frequency chunks of every KV head rank tokens like the whole head."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,16 +25,18 @@ class DominantFCs:
     """The frequency chunks of every KV head, best first, and statistics of the keys.
 
     Args:
-        model: The model that was calibrated.
+        model: The model that was calibrated. Row ``i`` of the tensors belongs to its layer
+            ``model.layers[i]``.
         num_fcs: Default number of chunks that a server reads per KV head.
         ranking: Chunks in descending order of the mean ``score`` of a group's query heads,
-            ``[num_layers, num_kv_heads, num_chunks]``, int16. A server reads the first ``num_fcs``.
+            ``[rows, num_kv_heads, num_chunks]``, int16. A server reads the first ``num_fcs``.
         score: The ranker's value of each chunk for each query head, by chunk number,
-            ``[num_layers, num_qo_heads, num_chunks]``, float32.
+            ``[rows, num_qo_heads, num_chunks]``, float32.
         k_mean: Mean of every dim of K over the calibration text,
-            ``[num_layers, num_kv_heads, head_dim]``, float32; labels are stored relative to it.
+            ``[rows, num_kv_heads, head_dim]``, float32; labels are stored relative to it.
         k_scale: Largest absolute deviation from ``k_mean``, 1 for a dim that does not vary; same
             shape, float32. Narrow label formats divide by it.
+        fingerprint: ``weights_fingerprint`` of the model; None if it had no weight files.
         provenance: How the calibration was made: ranker, text and its hash, tokens, K, seed,
             version. JSON types.
     """
@@ -47,52 +47,56 @@ class DominantFCs:
     score: torch.Tensor
     k_mean: torch.Tensor
     k_scale: torch.Tensor
+    fingerprint: str | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def dims(self, num_fcs: int) -> torch.Tensor:
         """Head dims of the best ``num_fcs`` chunks, the two dims of a chunk side by side.
 
         Returns:
-            ``[num_layers, num_kv_heads, 2 * num_fcs]``, int64.
+            ``[rows, num_kv_heads, 2 * num_fcs]``, int64.
 
         Raises:
             CalibrationError: ``num_fcs`` is less than 1 or more than the number of chunks.
         """
         self.model.check_num_fcs(num_fcs)
-        return self.model.rope.chunk_dims()[self.ranking[..., :num_fcs].long()].flatten(-2)
+        return self.model.rotation.chunk_dims()[self.ranking[..., :num_fcs].long()].flatten(-2)
 
     def head_dims(self, num_fcs: int) -> torch.Tensor:
         """Mask of the head dims of each query head's own best ``num_fcs`` chunks, 1 or 0.
 
         Returns:
-            ``[num_layers, num_qo_heads, head_dim]``, float32.
+            ``[rows, num_qo_heads, head_dim]``, float32.
         """
         best = self.score.argsort(dim=-1, descending=True, stable=True)[..., :num_fcs]
-        dims = self.model.rope.chunk_dims()[best].flatten(-2)
-        chosen = torch.zeros(*dims.shape[:2], self.model.rope.head_dim)
+        dims = self.model.rotation.chunk_dims()[best].flatten(-2)
+        chosen = torch.zeros(*dims.shape[:2], self.model.rotation.head_dim)
         return chosen.scatter_(-1, dims, 1.0)
 
-    def check_model(self, shape: ModelShape, path: str | Path) -> None:
+    def check_model(self, shape: ModelShape, fingerprint: str | None, path: str | Path) -> None:
         """Refuse the calibration of another model.
 
         Args:
             shape: The served model.
+            fingerprint: Its ``weights_fingerprint``; None does not compare the weights.
             path: The calibration file, for the message.
 
         Raises:
-            CalibrationMismatchError: The shapes differ; names each field with both values.
+            CalibrationMismatchError: The shapes or the weights differ; names what differs.
         """
-        calibrated, served = self.model.flat(), shape.flat()
-        differing = [
-            f"{name} {value!r} but the model has {served[name]!r}"
-            for name, value in calibrated.items()
-            if value != served[name]
-        ]
+        differing = self.model.differences(shape)
+        known = None not in (fingerprint, self.fingerprint)
+        if not differing and known and fingerprint != self.fingerprint:
+            differing = [f"weights {self.fingerprint} but the model has {fingerprint}"]
         if differing:
             raise CalibrationMismatchError(
-                f"{path} was calibrated for {'; '.join(differing)}; "
-                "run: fasa calibrate --model <the served model>"
+                f"{path} was calibrated for {'; '.join(differing)}; set the server's fasa setting "
+                'calibration to "auto", or run: fasa calibrate --model <the served model>'
             )
+
+    def rows(self, layers: Sequence[int]) -> list[int]:
+        """Rows of the tensors that belong to layers of the model, which must be among its own."""
+        return [self.model.layers.index(layer) for layer in layers]
 
     def for_rank(self, tp_rank: int, tp_size: int) -> DominantFCs:
         """The part of the calibration that one tensor-parallel rank needs.
@@ -132,12 +136,13 @@ class DominantFCs:
         if problem is not None:
             raise CalibrationError(
                 f"the calibration of {self.model.architecture} {problem}, and no server would take "
-                "it; check the model's weights, or calibrate with --dtype float32"
+                "it; check the model's weights, or serve it with --dtype float32"
             )
         tensors = {name: getattr(self, name).contiguous() for name in self._tensors()}
         about = {
             "model": self.model.to_dict(),
             "num_fcs": self.num_fcs,
+            "fingerprint": self.fingerprint,
             "provenance": self.provenance,
         }
         write_calibration(Path(path), tensors, about)
@@ -153,7 +158,13 @@ class DominantFCs:
         tensors, about = read_calibration(Path(path))
         try:
             model = ModelShape.from_dict(about["model"])
-            loaded = cls(model, about["num_fcs"], provenance=about["provenance"], **tensors)
+            loaded = cls(
+                model,
+                about["num_fcs"],
+                fingerprint=about["fingerprint"],
+                provenance=about["provenance"],
+                **tensors,
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise CalibrationError(
                 f"{path} has broken metadata ({error!r:.300}); {REMEDY}"
@@ -165,8 +176,8 @@ class DominantFCs:
 
     def _tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype that the model's shape asks of each tensor."""
-        heads = (self.model.num_layers, self.model.num_kv_heads)
-        chunks, head_dim = self.model.rope.num_chunks, self.model.rope.head_dim
+        heads = (len(self.model.layers), self.model.num_kv_heads)
+        chunks, head_dim = self.model.rotation.num_chunks, self.model.rotation.head_dim
         return {
             "k_mean": ((*heads, head_dim), torch.float32),
             "k_scale": ((*heads, head_dim), torch.float32),
@@ -176,12 +187,14 @@ class DominantFCs:
 
     def _problem(self) -> str | None:
         """What is wrong with the contents, as the end of a sentence; None if they are valid."""
-        chunks = self.model.rope.num_chunks
+        chunks = self.model.rotation.num_chunks
         if type(self.num_fcs) is not int or not 1 <= self.num_fcs <= chunks:
             return (
                 f"has num_fcs {self.num_fcs!r:.80}, expected an integer from 1 to the model's "
                 f"{chunks} frequency chunks"
             )
+        if not isinstance(self.fingerprint, str | None):
+            return f"has fingerprint {self.fingerprint!r:.80}, expected a string or null"
         if not isinstance(self.provenance, dict):
             return f"has provenance {self.provenance!r:.80}, expected an object"
         for name, (shape, dtype) in self._tensors().items():

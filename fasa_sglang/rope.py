@@ -1,71 +1,76 @@
-"""The frequency chunks of a model: the pairs of head dims that RoPE rotates together.
+"""How a model rotates its heads: the pairs of dims that RoPE turns together, and how fast.
 
-They follow from the Hugging Face config alone, without the model's weights.
+Measured on the module that does it instead of looked up by model type, so that a new model needs no
+entry in a table.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from fasa_sglang.errors import UnsupportedModelError
 
-# Rotary layout of each known model type. True: interleaved, dims (2i, 2i+1) form a chunk. False:
-# NeoX, dims (i, i + rotary_dim/2) do. tests/test_rope.py proves every entry against transformers'
-# own rotation.
-ROPE_INTERLEAVED: dict[str, bool] = {
-    "cohere": True,
-    "glm": True,
-    "glm4": True,
-    "glm4_moe": False,
-    "gpt_neox": False,
-    "granite": False,
-    "llama": False,
-    "mistral": False,
-    "mixtral": False,
-    "olmo2": False,
-    "phi": False,
-    "phi3": False,
-    "qwen2": False,
-    "qwen2_moe": False,
-    "qwen3": False,
-    "qwen3_moe": False,
-    "stablelm": False,
-}
+MAGNITUDE = 2.0**14
+"""Length of the vectors to rotate, so that the sine of a slow angle is no subnormal in float16."""
+
+POSITIONS = (0, 1, 2, 64)
+"""Where a module is measured: unrotated, the angle, its double, and far enough for slow pairs."""
+
+SLOW_ANGLE = 0.01
+"""Angles below this are measured at the last position, where they are far below a half turn."""
+
+TOLERANCE = 2.0**-6
+"""Largest deviation of a rotated unit vector; a cosine in bfloat16 is off by up to 2**-9."""
+
+Rotate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Rotates the vectors ``[N, head_dim]`` for the positions ``[N]``."""
 
 
 @dataclass(frozen=True)
-class RopeLayout:
-    """The properties of a model's rotary embedding that its frequency chunks depend on.
+class Rotation:
+    """A rotary embedding.
 
     Args:
-        head_dim: Dims per head.
-        rotary_dim: Number of leading dims that RoPE rotates; even, at most ``head_dim``.
-        interleaved: True if dims ``(2i, 2i+1)`` rotate together, False for NeoX's
-            ``(i, i + rotary_dim/2)``.
-        theta: RoPE's base.
-        scaling: The other ``rope_parameters`` of the config, such as llama3's factors.
-
-    Raises:
-        UnsupportedModelError: ``head_dim`` or ``rotary_dim`` is odd, or ``rotary_dim`` is not
-            within 1 and ``head_dim``.
+        head_dim: Dims per head, even.
+        pairs: The dims that rotate together, in RoPE's order, fast to slow. Dims that are in no
+            pair do not rotate.
+        angles: Angle of each pair at position 1, in radians.
+        scale: Factor of all rotated dims; YaRN has one.
     """
 
     head_dim: int
-    rotary_dim: int
-    interleaved: bool
-    theta: float
-    scaling: dict[str, Any] = field(default_factory=dict)
+    pairs: tuple[tuple[int, int], ...]
+    angles: tuple[float, ...]
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.head_dim % 2 or self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
-            raise UnsupportedModelError(
-                "frequency chunks need an even head_dim and an even rotary_dim within it, "
-                f"got head_dim {self.head_dim} and rotary_dim {self.rotary_dim}; "
-                "serve this model with another attention backend"
+        dims = [dim for pair in self.pairs for dim in pair]
+        if self.head_dim < 2 or self.head_dim % 2 or len(self.angles) != len(self.pairs):
+            raise ValueError(
+                f"a rotation needs an even head_dim and an angle per pair, got {self.head_dim} "
+                f"dims, {len(self.pairs)} pairs and {len(self.angles)} angles"
             )
+        if len(set(dims)) != len(dims) or not set(dims) <= set(range(self.head_dim)):
+            raise ValueError(f"pairs must be of different dims below {self.head_dim}")
+
+    @classmethod
+    def neox(cls, head_dim: int, rotary_dim: int | None = None, theta: float = 1e4) -> Rotation:
+        """RoPE as GPT-NeoX and Llama lay it out: dims ``(i, i + rotary_dim / 2)`` are a pair.
+
+        Args:
+            head_dim: Dims per head.
+            rotary_dim: Number of leading dims that rotate; None for all.
+            theta: RoPE's base.
+        """
+        rotary_dim = rotary_dim or head_dim
+        half = rotary_dim // 2
+        angles = tuple(theta ** (-2 * i / rotary_dim) for i in range(half))
+        return cls(head_dim, tuple((i, i + half) for i in range(half)), angles)
 
     @property
     def num_chunks(self) -> int:
@@ -75,66 +80,108 @@ class RopeLayout:
     def chunk_dims(self) -> torch.Tensor:
         """The two head dims of every chunk, ``[num_chunks, 2]``, int64.
 
-        The rotated chunks come first, in RoPE's order, then pairs of adjacent unrotated dims.
+        The rotated chunks come first, in RoPE's order, then unrotated dims two by two.
         """
-        half = self.rotary_dim // 2
-        if self.interleaved:
-            rotated = torch.arange(self.rotary_dim).view(half, 2)
-        else:
-            rotated = torch.stack([torch.arange(half), torch.arange(half) + half], dim=1)
-        rest = torch.arange(self.rotary_dim, self.head_dim).view(-1, 2)
-        return torch.cat([rotated, rest])
+        rotated = {dim for pair in self.pairs for dim in pair}
+        rest = [dim for dim in range(self.head_dim) if dim not in rotated]
+        return torch.tensor([*self.pairs, *zip(rest[::2], rest[1::2], strict=True)])
+
+    def matrix(self, position: int) -> torch.Tensor:
+        """What a head is multiplied by at a position, ``[head_dim, head_dim]``, float64.
+
+        A head as a row vector times this matrix is the rotated head.
+        """
+        matrix = torch.eye(self.head_dim, dtype=torch.float64)
+        for (a, b), angle in zip(self.pairs, self.angles, strict=True):
+            turned = angle * position
+            cos, sin = self.scale * math.cos(turned), self.scale * math.sin(turned)
+            matrix[a, a] = matrix[b, b] = cos
+            matrix[a, b], matrix[b, a] = sin, -sin
+        return matrix
+
+    def describe(self) -> str:
+        """One line for messages."""
+        if not self.pairs:
+            return f"no rotation of {self.head_dim} dims"
+        (a, b), last = self.pairs[0], self.angles[-1]
+        return (
+            f"{2 * len(self.pairs)} of {self.head_dim} dims rotated, pairs like ({a}, {b}), angles "
+            f"{self.angles[0]:.3g} to {last:.3g}, scale {self.scale:.3g}"
+        )
+
+    def equals(self, other: Rotation) -> bool:
+        """Whether both are the same rotation, as far as modules of different dtypes can tell."""
+        return (
+            (self.head_dim, self.pairs) == (other.head_dim, other.pairs)
+            and math.isclose(self.scale, other.scale, rel_tol=TOLERANCE)
+            and all(
+                math.isclose(a, b, rel_tol=TOLERANCE)
+                for a, b in zip(self.angles, other.angles, strict=True)
+            )
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to JSON types; ``from_dict`` is the inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Rotation:
+        """Convert from JSON types, the inverse of ``to_dict``.
+
+        Raises:
+            KeyError, TypeError, ValueError: A field is missing, unknown, or invalid.
+        """
+        pairs = tuple((a, b) for a, b in values["pairs"])
+        rotation = cls(**{**values, "pairs": pairs, "angles": tuple(values["angles"])})
+        integers = [rotation.head_dim, *(dim for pair in pairs for dim in pair)]
+        if not all(type(value) is int for value in integers):
+            raise ValueError("head_dim and pairs of a rotation must be integers")
+        if not all(type(x) is float for x in (*rotation.angles, rotation.scale)):
+            raise ValueError("angles and scale of a rotation must be numbers with a fraction")
+        return rotation
 
 
-def rope_layout_from_config(config: Any, interleaved: bool | None = None) -> RopeLayout:
-    """Read the rotary layout off a Hugging Face text config.
+def measure_rotation(rotate: Rotate, head_dim: int, name: str) -> Rotation:
+    """Measure a rotary embedding by rotating unit vectors.
 
     Args:
-        config: A ``PretrainedConfig`` (transformers 4 or 5).
-        interleaved: The layout, for a model type that is not in ``ROPE_INTERLEAVED``; None looks
-            it up there.
+        rotate: Applies the module to vectors of ``head_dim`` at given positions.
+        head_dim: Dims per head.
+        name: What is measured, for the message.
 
     Raises:
-        UnsupportedModelError: The model has no RoPE, several RoPEs, or an unknown layout.
+        UnsupportedModelError: The module does anything else than turning pairs of dims by an angle
+            that is proportional to the position.
     """
-    model_type = getattr(config, "model_type", "unknown")
-    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
-    parameters = dict(parameters or {})
-    theta = parameters.pop("rope_theta", None) or getattr(config, "rope_theta", None)
-    if theta is None:
-        theta = getattr(config, "rotary_emb_base", None)
-    if any(isinstance(value, dict) for value in parameters.values()):
-        raise UnsupportedModelError(
-            f"model type {model_type!r} uses several RoPEs for different kinds of layers, FASA "
-            "needs one for all layers; serve it with another attention backend"
-        )
-    if theta is None:
-        raise UnsupportedModelError(
-            f"model type {model_type!r} has no rotary position embedding (its config has no "
-            "rope_theta), and FASA selects by RoPE's frequencies; serve it with another attention "
-            "backend"
-        )
-    if interleaved is None:
-        if model_type not in ROPE_INTERLEAVED:
+    basis = MAGNITUDE * torch.eye(head_dim)
+    matrices = [
+        rotate(torch.full((head_dim,), position), basis.clone()).double().cpu() / MAGNITUDE
+        for position in POSITIONS
+    ]
+    mixed = sum(matrix.abs() for matrix in matrices)
+    assert isinstance(mixed, torch.Tensor)
+    strength, partner = mixed.fill_diagonal_(0).max(dim=1)
+    pairs, angles, scales = [], [], []
+    for a, b in enumerate(partner.tolist()):
+        if strength[a] > 0 and a < b and int(partner[b]) == a:
+            pairs.append((a, b))
+            angles.append(math.atan2(float(matrices[1][a, b]), float(matrices[1][a, a])))
+            scales.append(float(matrices[0][a, a]))
+    # A narrow dtype knows the sine of a slow angle better at a larger position.
+    for i, (a, b) in enumerate(pairs):
+        if abs(angles[i]) < SLOW_ANGLE:
+            far = math.atan2(float(matrices[-1][a, b]), float(matrices[-1][a, a]))
+            angles[i] = far / POSITIONS[-1]
+    rotation = Rotation(
+        head_dim, tuple(pairs), tuple(angles), sum(scales) / len(scales) if scales else 1.0
+    )
+    # The far position is left out: there, an angle's rounding error has grown with the position.
+    for position, matrix in list(zip(POSITIONS, matrices, strict=True))[:-1]:
+        deviation = float((matrix - rotation.matrix(position)).abs().max())
+        if not deviation <= TOLERANCE * max(1.0, abs(rotation.scale)):
             raise UnsupportedModelError(
-                f"the rotary layout of model type {model_type!r} is unknown, expected one of "
-                f"{', '.join(sorted(ROPE_INTERLEAVED))}; if you know the layout, start fasa serve "
-                'with --settings \'{"rope_layout": "neox"}\' or "interleaved", and give fasa '
-                "calibrate the same with --rope-layout"
+                f"FASA needs a rotary embedding that turns pairs of dims by angles proportional to "
+                f"the position, but {name} does something else (off by {deviation:.2g} at position "
+                f"{position}); serve this model with another attention backend"
             )
-        interleaved = ROPE_INTERLEAVED[model_type]
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    partial = parameters.pop("partial_rotary_factor", None)
-    for name in ("partial_rotary_factor", "rotary_pct"):
-        partial = getattr(config, name, None) if partial is None else partial
-    rotary_dim = head_dim if partial is None else int(head_dim * partial)
-    # "type" is the older name; SGLang writes both into the configs it loads.
-    old_name = parameters.pop("type", None)
-    rope_type = parameters.pop("rope_type", old_name)
-    if rope_type in (None, "default"):
-        # Without effect on an unscaled RoPE, and SGLang adds it while it builds a model.
-        parameters.pop("original_max_position_embeddings", None)
-    else:
-        parameters["rope_type"] = rope_type
-    scaling = {key: value for key, value in sorted(parameters.items()) if value is not None}
-    return RopeLayout(head_dim, rotary_dim, interleaved, float(theta), scaling)
+    return rotation

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from fasa_sglang.cli import main
 from fasa_sglang.names import PLATFORM_NAME
 from serving import running_server, server_command
 
@@ -91,12 +92,7 @@ def smollm2_path() -> Path:
 @pytest.fixture(scope="session")
 def smollm2_calibration(smollm2_path: Path, build_once: BuildOnce) -> str:
     """SmolLM2 calibrated as ``fasa calibrate`` does it by default."""
-    from fasa_sglang.calibration.settings import CalibrationSettings
-
-    def build(path: Path) -> None:
-        calibrated(smollm2_path, CalibrationSettings()).save(path)
-
-    return str(build_once("smollm2.safetensors", build))
+    return str(build_once("smollm2.fasa", lambda path: calibrate(smollm2_path, path)))
 
 
 @pytest.fixture(scope="session")
@@ -107,13 +103,10 @@ def smollm2_dominant(smollm2_calibration: str) -> Any:
     return DominantFCs.load(smollm2_calibration)
 
 
-def calibrated(model_path: Path, settings: Any) -> Any:
-    from fasa_sglang.calibration import corpus
-    from fasa_sglang.calibration.calibrate import calibrate
-    from fasa_sglang.calibration.model import load_model
-
-    model, tokenizer = load_model(str(model_path), "cpu")
-    return calibrate(model, tokenizer, corpus.default_text(), corpus.held_out_text(), settings)
+def calibrate(model: Path, out: Path, *flags: str) -> None:
+    """Run ``fasa calibrate`` with a pool of the size that it needs."""
+    command = ["calibrate", str(model), "--out", str(out), "--no-picture"]
+    assert main([*command, "--max-total-tokens", "5000", *flags]) == 0
 
 
 @pytest.fixture(scope="session")
@@ -148,14 +141,8 @@ def tiny_path(smollm2_path: Path, build_once: BuildOnce) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_calibration(tiny_path: Path, build_once: BuildOnce) -> str:
-    from fasa_sglang.calibration.settings import CalibrationSettings
-
-    settings = CalibrationSettings(num_fcs=8, tokens=512, top_k=32, num_queries=8)
-
-    def build(path: Path) -> None:
-        calibrated(tiny_path, settings).save(path)
-
-    return str(build_once("tiny.safetensors", build))
+    flags = ("--num-fcs", "8", "--tokens", "512", "--top-k", "32", "--num-queries", "8")
+    return str(build_once("tiny.fasa", lambda path: calibrate(tiny_path, path, *flags)))
 
 
 @pytest.fixture(scope="session")
@@ -186,11 +173,10 @@ def random_model(build_once: BuildOnce) -> Path:
 @pytest.fixture(scope="session")
 def random_calibration(random_model: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A calibration of ``random_model``: with random weights all chunks are equally good."""
-    from fasa_sglang.model_shape import ModelShape
-    from fasa_sglang.workloads.models.shapes import any_chunks, load_config
+    from fasa_sglang.workloads.models.shapes import any_chunks, llama_shape, load_config
 
-    shape = ModelShape.from_config(load_config(str(random_model)))
-    path = tmp_path_factory.mktemp("calibration") / "random.safetensors"
+    shape = llama_shape(load_config(str(random_model)))
+    path = tmp_path_factory.mktemp("calibration") / "random.fasa"
     any_chunks(shape, 16).save(path)
     return str(path)
 

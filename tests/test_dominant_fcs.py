@@ -5,22 +5,20 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from shapes import make_shape
 
 from fasa_sglang.calibration_file import FORMAT, MAX_BYTES, METADATA_KEY
 from fasa_sglang.dominant_fcs import DominantFCs
-from fasa_sglang.errors import (
-    CalibrationError,
-    CalibrationMismatchError,
-    FasaError,
-    UnsupportedModelError,
-)
-from fasa_sglang.model_shape import ModelShape
-from fasa_sglang.rope import RopeLayout
+from fasa_sglang.errors import CalibrationError, CalibrationMismatchError, FasaError
+from fasa_sglang.rope import Rotation
+
+PAIRS = tuple((2 * i, 2 * i + 1) for i in range(8))
+INTERLEAVED = replace(Rotation.neox(16), pairs=PAIRS)
+SCALED = replace(Rotation.neox(16), scale=1.2)
 
 
 def make(num_layers: int = 3, num_kv_heads: int = 4, head_dim: int = 16) -> DominantFCs:
@@ -28,13 +26,7 @@ def make(num_layers: int = 3, num_kv_heads: int = 4, head_dim: int = 16) -> Domi
     score = torch.rand(num_layers, 2 * num_kv_heads, head_dim // 2, generator=generator)
     groups = score.unflatten(1, (num_kv_heads, 2)).mean(dim=2)
     return DominantFCs(
-        model=ModelShape(
-            architecture="LlamaForCausalLM",
-            num_layers=num_layers,
-            num_qo_heads=2 * num_kv_heads,
-            num_kv_heads=num_kv_heads,
-            rope=RopeLayout(head_dim, head_dim, False, 1e4, {"rope_type": "llama3", "factor": 8.0}),
-        ),
+        model=make_shape(num_layers, 2 * num_kv_heads, num_kv_heads, Rotation.neox(head_dim)),
         num_fcs=2,
         ranking=groups.argsort(dim=-1, descending=True).to(torch.int16),
         score=score,
@@ -87,8 +79,7 @@ def test_head_dims_mask_the_best_chunks_of_each_query_head() -> None:
 @pytest.mark.parametrize(("head_dim", "expected"), [(16, 8), (64, 24), (96, 24), (256, 64)])
 def test_default_num_fcs_of_a_small_head_is_more_than_half(head_dim: int, expected: int) -> None:
     """With half of a 64-dim head's chunks, perplexity was 2.4 % off and RULER below top-k's."""
-    rope = RopeLayout(head_dim, head_dim, False, 1e4)
-    assert ModelShape("LlamaForCausalLM", 3, 8, 4, rope).default_num_fcs == expected
+    assert make_shape(rotation=Rotation.neox(head_dim)).default_num_fcs == expected
 
 
 @pytest.mark.parametrize("num_fcs", [0, -1, 9])
@@ -123,7 +114,7 @@ def test_for_rank_with_an_uneven_division_is_refused() -> None:
 
 
 def test_check_model_of_the_same_model_passes() -> None:
-    make().check_model(make().model, "c.fasa")
+    make().check_model(make().model, None, "c.fasa")
 
 
 @pytest.mark.parametrize(
@@ -132,9 +123,14 @@ def test_check_model_of_the_same_model_passes() -> None:
         ({"num_layers": 4}, ("num_layers 3", "the model has 4")),
         ({"num_kv_heads": 2}, ("num_kv_heads 4", "the model has 2")),
         ({"architecture": "Qwen2ForCausalLM"}, ("'LlamaForCausalLM'", "'Qwen2ForCausalLM'")),
-        ({"rope": RopeLayout(16, 8, False, 1e4)}, ("rotary_dim 16", "the model has 8")),
-        ({"rope": RopeLayout(16, 16, True, 1e4)}, ("interleaved False", "the model has True")),
-        ({"rope": RopeLayout(16, 16, False, 5e5)}, ("theta 10000.0", "the model has 500000.0")),
+        ({"layers": (0, 2)}, ("layers (0, 1, 2)", "the model has (0, 2)")),
+        (
+            {"rotation": Rotation.neox(16, 8)},
+            ("16 of 16 dims rotated, pairs like (0, 8)", "has 8 of 16 dims"),
+        ),
+        ({"rotation": INTERLEAVED}, ("pairs like (0, 8)", "the model has", "pairs like (0, 1)")),
+        ({"rotation": Rotation.neox(16, theta=5e5)}, ("to 0.000316, ", "to 1.03e-05, ")),
+        ({"rotation": SCALED}, ("scale 1,", "scale 1.2;")),
     ],
     ids=lambda value: str(next(iter(value))) if isinstance(value, dict) else "",
 )
@@ -143,7 +139,7 @@ def test_check_model_of_another_model_names_both_values(
 ) -> None:
     other = replace(make().model, **change)  # type: ignore[arg-type]
     with pytest.raises(CalibrationMismatchError) as caught:
-        make().check_model(other, "c.fasa")
+        make().check_model(other, None, "c.fasa")
     for word in (*words, "c.fasa", "fasa calibrate"):
         assert word in str(caught.value)
 
@@ -179,6 +175,7 @@ def rewrite(path: Path, about: dict[str, object] | None = None, **tensors: torch
         "format": FORMAT,
         "model": dominant.model.to_dict(),
         "num_fcs": dominant.num_fcs,
+        "fingerprint": dominant.fingerprint,
         "provenance": dominant.provenance,
         **(about or {}),
     }
@@ -235,9 +232,9 @@ def test_load_of_wrong_tensors_is_refused(
 def model_with(**changes: object) -> dict[str, object]:
     """The metadata of ``make``'s model with some fields replaced; RoPE's fields too."""
     values = make().model.to_dict()
-    rope = values["rope"]
+    rotation = values["rotation"]
     for name, value in changes.items():
-        (rope if name in rope else values)[name] = value
+        (rotation if name in rotation else values)[name] = value
     return {"model": values}
 
 
@@ -248,18 +245,26 @@ def model_with(**changes: object) -> dict[str, object]:
         {"provenance": None},
         {"provenance": [1]},
         {"model": None},
-        {"model": {"rope": 3}},
+        {"model": {"rotation": 3}},
+        {"fingerprint": 3},
+        model_with(layers=[]),
+        model_with(layers=[2, 1]),
+        model_with(layers=[0, 3]),
+        model_with(layers=[0.0]),
         model_with(num_layers=3.0),
-        model_with(num_layers=10**12),
+        model_with(num_layers=0),
         model_with(num_kv_heads="4"),
         model_with(num_qo_heads=True),
         model_with(num_qo_heads=-8),
         model_with(architecture=None),
         model_with(head_dim="16"),
-        model_with(rotary_dim=[16]),
-        model_with(interleaved="no"),
-        model_with(theta=None),
-        model_with(scaling=[1]),
+        model_with(head_dim=15),
+        model_with(pairs=[[0, 16]]),
+        model_with(pairs=[[0, 1, 2]]),
+        model_with(pairs=[[0.0, 8]]),
+        model_with(angles=[1.0]),
+        model_with(angles=["fast"] * 8),
+        model_with(scale=None),
     ],
     ids=lambda value: json.dumps(value)[:60],
 )
@@ -321,27 +326,22 @@ def test_save_into_a_missing_folder_is_refused(tmp_path: Path) -> None:
         make().save(tmp_path / "missing" / "c.fasa")
 
 
-@pytest.mark.parametrize("layer_types", [["sliding_attention"], ["full", "sliding_attention"]])
-def test_shape_with_sliding_layers_is_refused(layer_types: list[str]) -> None:
-    config = SimpleNamespace(model_type="llama", architectures=["M"], layer_types=layer_types)
-    with pytest.raises(UnsupportedModelError, match=r"M has layers of type .*sliding_attention, "):
-        ModelShape.from_config(config)
-
-
-@pytest.mark.parametrize(("window", "warnings"), [(256, 1), (None, 0)])
-def test_shape_with_an_ignored_window_logs_one_warning(
-    caplog: pytest.LogCaptureFixture, window: int | None, warnings: int
+@pytest.mark.parametrize(("file", "served"), [("a", "b"), ("a", None), (None, "b"), ("a", "a")])
+def test_check_model_compares_weights_where_both_are_known(
+    file: str | None, served: str | None
 ) -> None:
-    config = SimpleNamespace(
-        model_type="mistral",
-        architectures=["MistralForCausalLM"],
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        head_dim=16,
-        rope_theta=1e4,
-        sliding_window=window,
-    )
-    ModelShape.from_config(config)
-    assert [record.levelname for record in caplog.records] == ["WARNING"] * warnings
-    if warnings:
-        assert "MistralForCausalLM has a sliding window of 256 tokens" in caplog.text
+    """The calibration of a base model is not that of its fine-tune."""
+    dominant = replace(make(), fingerprint=file)
+    if {file, served} == {"a", "b"} and served is not None and file is not None:
+        with pytest.raises(CalibrationMismatchError, match="weights a but the model has b"):
+            dominant.check_model(make().model, served, "c.fasa")
+        return
+    dominant.check_model(make().model, served, "c.fasa")
+
+
+def test_check_model_whose_calibration_left_layers_out_passes() -> None:
+    """Layers whose keys did not rotate as measured have no ranking, and stay dense."""
+    dominant = make(num_layers=2)
+    partial = replace(dominant, model=replace(dominant.model, num_layers=3, layers=(0, 2)))
+    partial.check_model(make_shape(3, 8, 4, Rotation.neox(16)), None, "c.fasa")
+    assert partial.rows([2]) == [1]

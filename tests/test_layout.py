@@ -27,13 +27,13 @@ ALLOWED = {
         "fasa_sglang.plugin",
         "fasa_sglang.commands.doctor",
         "fasa_sglang.commands.server_flags",
+        "fasa_sglang.commands.calibrating_engine",
         "fasa_sglang.frontend",
         "fasa_sglang.workloads.serving",
     ),
     "flashinfer": ("fasa_sglang.flashinfer_ext",),
     "triton": ("fasa_sglang.ops",),
     "transformers": (
-        "fasa_sglang.calibration",
         "fasa_sglang.commands.doctor",
         "fasa_sglang.workloads.models",
     ),
@@ -42,7 +42,7 @@ ALLOWED = {
     "prometheus_client": ("fasa_sglang.backend.metrics",),
     "datasets": ("fasa_sglang.calibration.corpus", "fasa_sglang.workloads.eval.tasks"),
     "matplotlib": ("fasa_sglang.calibration.heatmap", "fasa_sglang.workloads.plots"),
-    # The commands, the calibration and the workloads use a server by files and requests only.
+    # The commands and the workloads use a server by files and requests only.
     "fasa_sglang.backend": (
         "fasa_sglang.backend",
         "fasa_sglang.plugin",
@@ -50,7 +50,8 @@ ALLOWED = {
     ),
     "fasa_sglang.calibration": (
         "fasa_sglang.calibration",
-        "fasa_sglang.cli",
+        "fasa_sglang.backend",
+        "fasa_sglang.commands",
         "fasa_sglang.workloads",
     ),
     "fasa_sglang.workloads": ("fasa_sglang.workloads", "fasa_sglang.cli"),

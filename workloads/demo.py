@@ -11,22 +11,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from fasa_sglang import __version__
 from fasa_sglang.calibration import corpus
-from fasa_sglang.calibration.calibrate import calibrate
-from fasa_sglang.calibration.model import load_model
-from fasa_sglang.calibration.progress import progress_bar
-from fasa_sglang.calibration.settings import CalibrationSettings
-from fasa_sglang.calibration_cache import cached_calibration
 from fasa_sglang.errors import FasaError
 from fasa_sglang.workloads.device import device_name
 from fasa_sglang.workloads.models.packaged import MODEL_HELP, find_model
 from fasa_sglang.workloads.models.shapes import load_config, load_tokenizer
-from fasa_sglang.workloads.publish import published
 from fasa_sglang.workloads.serving.chat import chat_ids
 from fasa_sglang.workloads.serving.engine import flush_cache, running_engine
 from fasa_sglang.workloads.serving.forced import agreement, forced_request, steps
@@ -61,12 +54,12 @@ def run(args: argparse.Namespace) -> None:
     log.print(f"model: {args.model}")
     model = find_model(args.model)
     _require_context(model, args.prompt_tokens)
-    calibration = _calibration(model, log)
     tokenizer = load_tokenizer(model)
     conversation = [{"role": "user", "content": _prompt(tokenizer, args.prompt_tokens)}]
     log.print(f"starting SGLang on {device_name()}")
     settings = {
-        "calibration": str(calibration),
+        # Makes the calibration at the first start, and keeps it for the next.
+        "calibration": "auto",
         "min_seq_len": min(1024, args.prompt_tokens),
         "max_budget": max(4096, *args.budgets),
     }
@@ -101,28 +94,6 @@ def _require_context(model: str, prompt_tokens: int) -> None:
             f"a prompt of {prompt_tokens} tokens and its answers do not fit the model's context of "
             f"{context} tokens; pass a smaller --prompt-tokens"
         )
-
-
-def _calibration(model: str, log: Console) -> Path:
-    """The calibration that ``fasa serve`` caches for the model, created if it is missing."""
-    path = cached_calibration(model)
-    if path.exists():
-        log.print(f"using the calibration {path}", soft_wrap=True)
-        return path
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded, tokenizer = load_model(model, device)
-    with progress_bar() as progress:
-        dominant = calibrate(
-            loaded,
-            tokenizer,
-            corpus.default_text(),
-            corpus.held_out_text(),
-            CalibrationSettings(),
-            progress=progress,
-        )
-    with published(path) as part:
-        dominant.save(part)
-    return path
 
 
 def _prompt(tokenizer: Any, prompt_tokens: int) -> str:

@@ -10,7 +10,18 @@ from collections.abc import Callable
 
 from sglang.srt.plugins.hook_registry import HookType
 
-from fasa_sglang.backend import admission, api, exact_prefix, pruner, reports, served, sizing, step
+from fasa_sglang.backend import (
+    admission,
+    api,
+    engine_calibration,
+    exact_prefix,
+    pruner,
+    reports,
+    served,
+    served_model,
+    sizing,
+    step,
+)
 from fasa_sglang.backend.attention import base, graphs
 from fasa_sglang.backend.host import CHECKS_BODIES, EXACT_LEN_METHOD
 from fasa_sglang.hook import Hook
@@ -29,6 +40,8 @@ _RESULTS = "sglang.srt.managers.scheduler_components.batch_result_processor"
 _BATCH = "sglang.srt.managers.schedule_batch.ScheduleBatch"
 _ADDER = "sglang.srt.managers.schedule_policy.PrefillAdder"
 _POOL = "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator"
+_RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner"
+_SETUP = "sglang.srt.model_executor.model_runner_components.cuda_graph_setup"
 _GRAPHS = "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner"
 _OPENAI = "sglang.srt.entrypoints.openai"
 _CHAT = f"{_OPENAI}.serving_chat.OpenAIServingChat"
@@ -211,6 +224,12 @@ HOOKS: tuple[Hook, ...] = (
     ),
     # Memory.
     Hook(
+        f"{_RUNNER}.alloc_memory_pool",
+        served_model.survey_model,
+        _BEFORE,
+        "the model is loaded, and its layers tell how many bytes of labels a token needs",
+    ),
+    Hook(
         f"{_POOL}._compute_cell_size",
         sizing.reserve_label_bytes,
         _AROUND,
@@ -223,6 +242,12 @@ HOOKS: tuple[Hook, ...] = (
         "receives the bytes that the pool may use",
     ),
     # CUDA graphs.
+    Hook(
+        f"{_SETUP}.capture_prefill_graph",
+        engine_calibration.calibrate_at_start,
+        _BEFORE,
+        "everything is ready but the graphs, whose steps depend on which layers select",
+    ),
     Hook(
         f"{_GRAPHS}._capture_one_stream",
         graphs.capture_every_variant,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from sglang.srt.arg_groups.overrides import attention_backends_of, resolved_view
 from sglang.srt.environ import envs
 from sglang.srt.managers.schedule_batch import Req
@@ -47,15 +48,30 @@ def heads_of_rank(model_config: Any) -> tuple[int, int]:
     return model_config.num_attention_heads // tp_size, model_config.get_num_kv_heads(tp_size)
 
 
-def first_layer_of_stage(configurator_source: Any) -> int:
-    """Index of the first layer of this pipeline stage.
+def set_extend_range(req: Any, start: int, end: int, row: torch.Tensor | None) -> None:
+    """Tell a request which of its tokens the coming prefill computes.
 
     Args:
-        configurator_source: What SGLang passes to its pool configurator: the model runner, or
-            the ``KVCacheConfigurator`` of SGLang 0.5.23.
+        req: SGLang's ``Req``.
+        start: First token; those before it are in the KV pool.
+        end: One past the last token.
+        row: Slots of the request's tokens; None before the first prefill.
     """
-    holder = getattr(configurator_source, "layer_info", configurator_source)
-    return holder.start_layer
+    if hasattr(req, "set_extend_range"):  # until SGLang 0.5.19
+        if row is not None:
+            req.prefix_indices = row[:start].to(req.prefix_indices.dtype)
+        req.set_extend_range(start, end)
+        return
+    req.prefix_len, req.extend_end = start, end
+
+
+def full_attention_backend(runner: Any) -> Any:
+    """The backend that serves the runner's full attention layers; None before there is one.
+
+    SGLang wraps it for models that have linear attention in other layers.
+    """
+    backend = getattr(runner, "attn_backend", None)
+    return getattr(backend, "full_attn_backend", backend)
 
 
 def decode_graph_settings() -> Any:

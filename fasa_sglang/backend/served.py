@@ -1,4 +1,4 @@
-"""What this process serves: whether FASA is on, its settings, its calibration."""
+"""What this process serves: whether FASA is on, and its settings."""
 
 from __future__ import annotations
 
@@ -10,11 +10,8 @@ from typing import Any
 from sglang.srt.runtime_context import get_serving
 
 from fasa_sglang.backend.host import attention_backends
-from fasa_sglang.calibration_cache import cached_calibration
 from fasa_sglang.config import ENV, FasaConfig
-from fasa_sglang.dominant_fcs import DominantFCs
-from fasa_sglang.errors import ConfigError, RequestError
-from fasa_sglang.model_shape import ModelShape
+from fasa_sglang.errors import RequestError
 from fasa_sglang.names import BACKEND_NAME
 from fasa_sglang.requests import FasaRequest, parse_request
 
@@ -91,38 +88,3 @@ def served_request(
             "--reasoning-parser or with the setting think_end_ids, or use 'generated'"
         )
     return request
-
-
-def load_dominant_fcs(model_config: Any) -> tuple[DominantFCs, int]:
-    """The calibration of the served model, and the number of frequency chunks to use from it.
-
-    Read once per process, like ``fasa_config``.
-
-    Raises:
-        FasaError: The calibration is not set, cannot be read, belongs to another model, or has
-            fewer chunks than ``num_fcs``.
-    """
-    loaded = getattr(model_config, "fasa_dominant_fcs", None)
-    if loaded is not None:
-        return loaded
-    config = fasa_config(model_config)
-    if config.calibration is None:
-        raise ConfigError(
-            "FASA needs a calibration file; run: fasa calibrate --model <model> --out FILE, and "
-            "start the server with --json-model-override-args "
-            '\'{"fasa": {"calibration": "FILE"}}\''
-        )
-    path: str | Path = config.calibration
-    if path == "auto":
-        path = cached_calibration(model_config.model_path, model_config.revision)
-        if not path.exists():
-            raise ConfigError(
-                f"{model_config.model_path} has no calibration at {path}; run once: fasa serve "
-                f"{model_config.model_path}"
-            )
-    dominant = DominantFCs.load(path)
-    dominant.check_model(ModelShape.from_config(model_config.hf_config, config.interleaved), path)
-    num_fcs = config.num_fcs or dominant.num_fcs
-    dominant.model.check_num_fcs(num_fcs)
-    model_config.fasa_dominant_fcs = dominant, num_fcs
-    return dominant, num_fcs

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fasa_sglang.backend.host import decode_graph_settings, first_layer_of_stage, heads_of_rank
-from fasa_sglang.backend.served import fasa_config, load_dominant_fcs, uses_fasa
+from fasa_sglang.backend.host import decode_graph_settings, heads_of_rank
+from fasa_sglang.backend.served import fasa_config, uses_fasa
+from fasa_sglang.backend.served_model import served_model
 from fasa_sglang.config import FasaConfig
-from fasa_sglang.layer_plan import LayerPlan
 from fasa_sglang.ops.label_format import LABEL_FORMATS
 
 
@@ -19,14 +19,13 @@ def reserve_label_bytes(
     cell_size = original(configurator, kvc, num_layers)
     if not uses_fasa(kvc.server_args):
         return cell_size
-    dominant, num_fcs = load_dominant_fcs(kvc.model_config)
-    config = fasa_config(kvc.model_config)
+    model, config = served_model(kvc.model_config), fasa_config(kvc.model_config)
     _, num_kv_heads = heads_of_rank(kvc.model_config)
-    plan = LayerPlan.of_model(dominant.model.num_layers, config.num_dense_layers)
-    num_selecting = len(plan.stage(first_layer_of_stage(kvc), num_layers).selecting)
     configurator.fasa_scratch_bytes = graph_scratch_bytes(kvc.model_config, config)
     label_format = LABEL_FORMATS[config.label_dtype]
-    return cell_size + label_format.bytes_per_token(num_selecting, num_kv_heads, num_fcs)
+    return cell_size + label_format.bytes_per_token(
+        len(model.plan.selecting), num_kv_heads, model.num_fcs
+    )
 
 
 def reserve_scratch(

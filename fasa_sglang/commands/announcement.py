@@ -12,10 +12,10 @@ from typing import Any
 
 from rich.console import Console
 
+from fasa_sglang.commands.calibration_origin import CalibrationOrigin
 from fasa_sglang.commands.server_flags import ServerFlags
 from fasa_sglang.config import FasaConfig
 from fasa_sglang.dominant_fcs import DominantFCs
-from fasa_sglang.layer_plan import LayerPlan
 from fasa_sglang.ops.label_format import LABEL_FORMATS
 
 POLL_INTERVAL_SEC = 1.0
@@ -25,9 +25,8 @@ TIMEOUT_SEC = 5.0
 def announce(
     server: subprocess.Popen[bytes],
     flags: ServerFlags,
-    calibration: str,
     config: FasaConfig,
-    dominant: DominantFCs,
+    calibration: CalibrationOrigin,
     console: Console,
 ) -> None:
     """Print the five lines once the server is healthy; return without them if it ends before.
@@ -35,9 +34,8 @@ def announce(
     Args:
         server: The server's process.
         flags: SGLang's flags; names the server's address and key.
-        calibration: The calibration's path and origin.
         config: The server's settings.
-        dominant: The calibration.
+        calibration: Where its calibration comes from; a healthy server has written the file.
         console: Where to print.
     """
     while server.poll() is None:
@@ -53,28 +51,35 @@ def announce(
         time.sleep(POLL_INTERVAL_SEC)
     else:
         return
-    rows = {**_rows(flags.model_path, calibration, config, dominant), "pool": pool}
+    rows = {**_rows(flags.model_path, config, calibration), "pool": pool}
     rows["pool"] += f", serving at {flags.url}"
     lines = [f"fasa {name:<11} {value}" for name, value in rows.items()]
     console.print("\n".join(lines), soft_wrap=True, highlight=False)
 
 
-def _rows(
-    model: str, calibration: str, config: FasaConfig, dominant: DominantFCs
-) -> dict[str, str]:
-    shape = dominant.model
-    num_fcs = config.num_fcs or dominant.num_fcs
-    plan = LayerPlan.of_model(shape.num_layers, config.num_dense_layers)
-    label_bytes = LABEL_FORMATS[config.label_dtype].bytes_per_token(
-        len(plan.selecting), shape.num_kv_heads, num_fcs
-    )
-    return {
-        "model": f"{model} ({shape.architecture}, {shape.num_layers} layers, "
-        f"{shape.num_kv_heads} KV heads)",
-        "calibration": calibration,
+def _rows(model: str, config: FasaConfig, calibration: CalibrationOrigin) -> dict[str, str]:
+    rows = {
+        "model": model,
+        "calibration": calibration.origin,
         "budget": f"{config.budget} tokens, at most {config.max_budget}; default "
         f"{config.default}, sparse from {config.min_seq_len} tokens",
-        "labels": f"{num_fcs} of {shape.rope.num_chunks} chunks in {config.label_dtype}, "
+        "labels": f"in {config.label_dtype}",
+    }
+    if calibration.path is None:
+        return rows
+    dominant = DominantFCs.load(calibration.path)
+    shape = dominant.model
+    num_fcs = config.num_fcs or dominant.num_fcs
+    num_selecting = max(0, len(shape.layers) - config.num_dense_layers)
+    label_bytes = LABEL_FORMATS[config.label_dtype].bytes_per_token(
+        num_selecting, shape.num_kv_heads, num_fcs
+    )
+    return {
+        **rows,
+        "model": f"{model} ({shape.architecture}, {len(shape.layers)} of {shape.num_layers} layers "
+        f"rank tokens, {shape.num_kv_heads} KV heads)",
+        "calibration": f"{calibration.path} ({calibration.origin})",
+        "labels": f"{num_fcs} of {shape.rotation.num_chunks} chunks in {config.label_dtype}, "
         f"{label_bytes:,} bytes a token",
     }
 

@@ -18,10 +18,10 @@ from rich.table import Table
 
 from fasa_sglang import __version__
 from fasa_sglang.calibration_cache import cached_calibration
+from fasa_sglang.commands.model_facts import describe, model_facts
 from fasa_sglang.config import FasaConfig
 from fasa_sglang.dominant_fcs import DominantFCs
 from fasa_sglang.errors import FasaError
-from fasa_sglang.model_shape import ModelShape, ignored_window
 from fasa_sglang.names import PLATFORM_NAME
 from fasa_sglang.output_file import require_writable, write_whole
 
@@ -155,17 +155,15 @@ def _hooks() -> str:
 def _configuration(model: str | None, calibration: str | None) -> str:
     config = _config(calibration)
     settings = f"default {config.default}, budget {config.budget}"
-    if config.calibration is None:
-        return f"{settings}, no calibration set"
     path = _calibration_path(config, model)
     if path is None:
         return f"{settings}, calibration auto; pass --model to look it up in the cache"
     if config.calibration == "auto" and not path.exists():
-        return f"{settings}, calibration auto: none yet, fasa serve {model} makes it at first start"
+        return f"{settings}, calibration auto: none yet, the server makes it at its first start"
     dominant = DominantFCs.load(path)
     return (
         f"{settings}, {path}: {dominant.model.architecture}, {dominant.num_fcs} of "
-        f"{dominant.model.rope.num_chunks} chunks {_origin(dominant.provenance)}"
+        f"{dominant.model.rotation.num_chunks} chunks {_origin(dominant.provenance)}"
     )
 
 
@@ -178,8 +176,6 @@ def _calibration_path(config: FasaConfig, model: str | None) -> Path | None:
 
     The file may not exist yet.
     """
-    if config.calibration is None:
-        return None
     if config.calibration != "auto":
         return Path(config.calibration)
     return None if model is None else cached_calibration(model)
@@ -203,16 +199,8 @@ def _model(model: str, calibration: str | None) -> str:
             f"cannot read the config of {model} ({reason}); expected a Hugging Face folder or hub "
             "name"
         ) from error
-    shape = ModelShape.from_config(model_config, config.interleaved)
     path = _calibration_path(config, model)
+    dominant = None
     if path is not None and (config.calibration != "auto" or path.exists()):
-        DominantFCs.load(path).check_model(shape, path)
-    rope = shape.rope
-    layout = "interleaved" if rope.interleaved else "NeoX"
-    window = ignored_window(model_config.get_text_config())
-    return (
-        f"{shape.architecture}: {shape.num_layers} layers, {shape.num_qo_heads} query and "
-        f"{shape.num_kv_heads} KV heads of {rope.head_dim}, {layout} RoPE over {rope.rotary_dim}, "
-        f"{rope.num_chunks} frequency chunks"
-        + (f"; SGLang ignores its sliding window of {window} tokens" if window else "")
-    )
+        dominant = DominantFCs.load(path)
+    return describe(model_facts(model_config), config, dominant)

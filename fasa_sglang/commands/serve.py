@@ -1,4 +1,4 @@
-"""``fasa serve``: an SGLang server with FASA, calibrated at the model's first start.
+"""``fasa serve``: an SGLang server with FASA, which calibrates itself at the model's first start.
 
 The server is ``python -m sglang.launch_server``. This command adds the flags and settings that FASA
 needs, waits until the server is healthy, and prints five lines about what is in force.
@@ -16,11 +16,11 @@ import threading
 from types import FrameType
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from fasa_sglang.commands.announcement import announce
-from fasa_sglang.commands.first_calibration import find_or_calibrate
+from fasa_sglang.commands.calibration_origin import calibration_origin
+from fasa_sglang.commands.device_flags import device_environment, device_flags
 from fasa_sglang.commands.server_flags import parse_server_flags
 from fasa_sglang.config import (
     CHOICES,
@@ -32,12 +32,7 @@ from fasa_sglang.config import (
     json_object,
 )
 from fasa_sglang.errors import FasaError
-from fasa_sglang.names import BACKEND_NAME, PLATFORM_NAME
-
-CPU_FLAGS = (
-    *("--device", "cpu", "--dtype", "float32"),
-    *("--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-prefill", "disabled"),
-)
+from fasa_sglang.names import BACKEND_NAME
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,23 +66,18 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
         rest: The model and SGLang's flags.
 
     Raises:
-        FasaError: A flag or setting is invalid, the model cannot be calibrated, or the server
-            failed.
+        FasaError: A flag or setting is invalid, or the server failed.
     """
     console = Console(stderr=True)
-    environment = dict(os.environ)
-    on_cpu = not torch.cuda.is_available()
-    if on_cpu:
-        environment = {"OMP_NUM_THREADS": "1", **environment, "SGLANG_PLATFORM": PLATFORM_NAME}
+    environment = device_environment(os.environ)
     flags = parse_server_flags(rest, environment)
     settings = _settings(args, flags.overrides)
     config = FasaConfig(**settings)
-    path, dominant, origin = find_or_calibrate(flags, config, console)
-    settings["calibration"] = str(path)
+    origin = calibration_origin(flags, config)
     # All settings are in the flag: a process that read the variable's file later could differ.
     environment.pop(ENV, None)
     command = [sys.executable, "-P", "-m", "sglang.launch_server"]
-    command += [*(CPU_FLAGS if on_cpu else ()), *flags.argv, "--attention-backend", BACKEND_NAME]
+    command += [*device_flags(), *flags.argv, "--attention-backend", BACKEND_NAME]
     command += [OVERRIDES_FLAG, json.dumps({**flags.overrides, "fasa": settings})]
     server = subprocess.Popen(command, env=environment)
 
@@ -97,10 +87,9 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
     signal.signal(signal.SIGTERM, forward)
     # A terminal sends Ctrl-C to both processes, and the server decides when to end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    calibration = f"{path} ({origin})"
     threading.Thread(
         target=announce,
-        args=(server, flags, calibration, config, dominant, console),
+        args=(server, flags, config, origin, console),
         daemon=True,
     ).start()
     code = server.wait()

@@ -28,8 +28,7 @@ BACKEND_FLAGS = (
 FIELDS = (
     "model_path",
     "revision",
-    "trust_remote_code",
-    "dtype",
+    "load_format",
     "host",
     "port",
     "api_key",
@@ -40,7 +39,7 @@ FIELDS = (
 
 @dataclass(frozen=True)
 class ServerFlags:
-    """The values of SGLang's flags that ``fasa serve`` needs itself.
+    """The values of SGLang's flags that our commands need themselves.
 
     Args:
         argv: All flags for SGLang, with the model as ``--model-path``.
@@ -51,8 +50,7 @@ class ServerFlags:
     argv: list[str]
     model_path: str
     revision: str | None
-    trust_remote_code: bool
-    dtype: str
+    load_format: str
     host: str
     port: int
     api_key: str | None
@@ -150,15 +148,14 @@ def _server_flags(argv: list[str]) -> dict[str, Any]:
         value = getattr(namespace, name, None)
         if value is not None:
             raise ConfigError(
-                f"fasa serve sets the attention backend itself, got --{name.replace('_', '-')} "
+                f"this command sets the attention backend itself, got --{name.replace('_', '-')} "
                 f"{value}; leave the flag out, or start sglang.launch_server instead"
             )
     models = [*rest, *filter(None, [namespace.model_path])]
     if len(models) != 1:
         names = ", ".join(models) or "none"
         raise ConfigError(
-            f"fasa serve needs one model, got {names}; run fasa serve MODEL, or fasa serve "
-            "--model-path MODEL"
+            f"this command needs one model, got {names}; pass it as MODEL or as --model-path MODEL"
         )
     if rest:
         argv = ["--model-path", rest[0], *_without(argv, rest[0])]

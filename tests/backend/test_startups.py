@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from fasa_sglang.backend.refusals import ENVIRONMENT, FLAGS
+from fasa_sglang.dominant_fcs import DominantFCs
 from forked_servers import Outcome, known
 from serving import server_command, server_environment
 
@@ -142,10 +143,12 @@ STARTUPS: dict[str, Startup] = {
     "calibration truncated": Startup(
         "truncated or not a safetensors file", calibration="truncated"
     ),
-    "calibration missing": Startup(
-        "FASA needs a calibration file; run: fasa calibrate", calibration=None
+    "calibration missing": Startup("cannot read the calibration file", calibration="missing"),
+    "calibration of other weights": Startup("was calibrated for weights", calibration="tuned"),
+    "calibration made at start": Startup(SERVES, calibration=None),
+    "model without RoPE": Startup(
+        "none of the 2 such layers of GPT2LMHeadModel has a rotary embedding", model="gpt2"
     ),
-    "model without RoPE": Startup("no rotary position embedding", model="gpt2"),
     "selector unknown": Startup("any, got 'best'", settings={"selector": "best"}),
     "setting unknown": Startup("unknown setting 'bugdet'", settings={"bugdet": 1}),
     "budget too small": Startup("budget must be from", settings={"budget": 8}),
@@ -183,25 +186,28 @@ def paths(
     )
     for file in tiny_path.glob("token*"):
         (folder / "gpt2" / file.name).write_bytes(file.read_bytes())
-    truncated = folder / "truncated.safetensors"
+    truncated = folder / "truncated.fasa"
     truncated.write_bytes(Path(tiny_calibration).read_bytes()[:500])
+    own = DominantFCs.load(tiny_calibration)
+    replace(own, fingerprint="0123456789abcdef").save(folder / "tuned.fasa")
     return {
         "tiny": str(tiny_path),
         "gpt2": str(folder / "gpt2"),
         "own": tiny_calibration,
         "other": smollm2_shape_calibration,
         "truncated": str(truncated),
+        "missing": str(folder / "missing.fasa"),
+        "tuned": str(folder / "tuned.fasa"),
     }
 
 
 @pytest.fixture(scope="module")
 def smollm2_shape_calibration(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A calibration that fits SmolLM2, with arbitrary chunks."""
-    from fasa_sglang.model_shape import ModelShape
-    from fasa_sglang.workloads.models.shapes import any_chunks, load_config
+    from fasa_sglang.workloads.models.shapes import any_chunks, llama_shape, load_config
 
     path = tmp_path_factory.mktemp("calibration") / "smollm2.safetensors"
-    any_chunks(ModelShape.from_config(load_config(str(smollm2_path))), 16).save(path)
+    any_chunks(llama_shape(load_config(str(smollm2_path))), 16).save(path)
     return str(path)
 
 

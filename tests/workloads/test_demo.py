@@ -1,4 +1,4 @@
-"""The demo's calibration and its own checks; ``scripts/demo.sh`` runs the demo itself."""
+"""The demo's own checks; ``scripts/demo.sh`` runs the demo itself."""
 
 from __future__ import annotations
 
@@ -6,27 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
-from fasa_sglang.calibration_cache import cached_calibration
 from fasa_sglang.cli import main
-from fasa_sglang.dominant_fcs import DominantFCs
 from fasa_sglang.errors import FasaError
 from fasa_sglang.workloads import demo
-
-
-def test_demo_calibrates_each_model_once_into_a_file_of_its_own(
-    tiny_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """All models used to share one file, which two demos could overwrite for each other."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    log = Console(stderr=True)
-    path = demo._calibration(str(tiny_path), log)
-    assert path == cached_calibration(str(tiny_path))
-    assert DominantFCs.load(path).model.num_layers == 2
-    assert list(path.parent.iterdir()) == [path]
-    monkeypatch.setattr(demo, "calibrate", lambda *args, **kwargs: pytest.fail("calibrated again"))
-    assert demo._calibration(str(tiny_path), log) == path
 
 
 def test_demo_with_a_prompt_beyond_the_context_is_refused(

@@ -25,14 +25,13 @@ from rich.table import Table
 from fasa_sglang import __version__
 from fasa_sglang.config import FasaConfig
 from fasa_sglang.errors import FasaError
-from fasa_sglang.layer_plan import LayerPlan
 from fasa_sglang.model_shape import ModelShape
 from fasa_sglang.ops.label_format import LABEL_FORMATS
 from fasa_sglang.requests import parse_request
 from fasa_sglang.workloads.bench.baseline import add_baseline_argument, baseline_label
 from fasa_sglang.workloads.bench.dummy_model import SHAPE_NAMES, served_model, spread_keys
 from fasa_sglang.workloads.device import device_name
-from fasa_sglang.workloads.models.shapes import any_chunks, load_config
+from fasa_sglang.workloads.models.shapes import any_chunks, llama_shape, load_config
 from fasa_sglang.workloads.serving.engine import running_engine
 
 # Tokens of a reply that reach the client at once, so that sending them costs little.
@@ -96,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
     backends: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as work:
         model, overrides = served_model(args.shape, Path(work))
-        shape = ModelShape.from_config(load_config(model))
+        shape = llama_shape(load_config(model))
         settings = _settings(args, shape, Path(work))
         smaller = int(pool / (1 + label_share(shape)))
         pruned_len = args.prompt_tokens + args.prune_budget + args.prune_interval + 1
@@ -163,11 +162,10 @@ def _settings(args: argparse.Namespace, shape: ModelShape, work: Path) -> dict[s
 
 def label_share(shape: ModelShape) -> float:
     """Bytes of a token's labels over those of its keys and values, with the default settings."""
-    plan = LayerPlan.of_model(shape.num_layers, FasaConfig.num_dense_layers)
     label_bytes = LABEL_FORMATS[FasaConfig.label_dtype].bytes_per_token(
-        len(plan.selecting), shape.num_kv_heads, shape.default_num_fcs
+        len(shape.layers) - FasaConfig.num_dense_layers, shape.num_kv_heads, shape.default_num_fcs
     )
-    elements = 2 * shape.num_layers * shape.num_kv_heads * shape.rope.head_dim
+    elements = 2 * shape.num_layers * shape.num_kv_heads * shape.rotation.head_dim
     return label_bytes / (elements * KV_ELEMENT_BYTES)
 
 

@@ -27,7 +27,6 @@ from rich.table import Table
 from fasa_sglang import __version__
 from fasa_sglang.config import FasaConfig
 from fasa_sglang.errors import FasaError
-from fasa_sglang.model_shape import ModelShape
 from fasa_sglang.names import BACKEND_NAME
 from fasa_sglang.ops.reference import COMBINE_RULES
 from fasa_sglang.workloads.bench.baseline import add_baseline_argument, baseline_label
@@ -36,7 +35,7 @@ from fasa_sglang.workloads.bench.labels import DEFAULT_LABELS, LABELS
 from fasa_sglang.workloads.bench.serve_timing import Row, add_speedups, time_engine
 from fasa_sglang.workloads.device import device_name
 from fasa_sglang.workloads.eval.settings import json_object
-from fasa_sglang.workloads.models.shapes import any_chunks, load_config
+from fasa_sglang.workloads.models.shapes import any_chunks, llama_shape, load_config
 from fasa_sglang.workloads.plots import plot_speedup
 from fasa_sglang.workloads.serving.engine import running_engine
 
@@ -151,10 +150,10 @@ def parse_cases(text: str) -> list[tuple[int, int]]:
 
 def _settings(args: argparse.Namespace, model: str, work: Path) -> dict[str, Any]:
     """FASA settings of the server; writes its calibration."""
-    shape = ModelShape.from_config(load_config(model))
+    shape = llama_shape(load_config(model))
     share, label_format = LABELS[args.labels]
     calibration = str(work / "calibration.safetensors")
-    any_chunks(shape, int(shape.rope.num_chunks * share)).save(calibration)
+    any_chunks(shape, int(shape.rotation.num_chunks * share)).save(calibration)
     return {
         "calibration": calibration,
         "budget": args.budget,

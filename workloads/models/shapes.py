@@ -11,6 +11,7 @@ import torch
 from fasa_sglang.dominant_fcs import DominantFCs
 from fasa_sglang.errors import FasaError
 from fasa_sglang.model_shape import ModelShape
+from fasa_sglang.rotary_modules import rotation_of
 
 # Hugging Face configs.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -67,16 +68,35 @@ def write_shape(shape: str, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(SHAPES[shape], indent=2))
 
 
+def llama_shape(config: Any) -> ModelShape:
+    """The shape of a model of Llama's kind: full attention and one RoPE in all layers.
+
+    Args:
+        config: Its Hugging Face config.
+    """
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return ModelShape(
+        architecture=config.architectures[0],
+        num_layers=config.num_hidden_layers,
+        layers=tuple(range(config.num_hidden_layers)),
+        num_qo_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        rotation=rotation_of(LlamaRotaryEmbedding(config), head_dim),
+    )
+
+
 def any_chunks(shape: ModelShape, num_fcs: int) -> DominantFCs:
     """A calibration for a model with random weights, where all chunks are equally good."""
-    heads = (shape.num_layers, shape.num_kv_heads)
-    chunks = shape.rope.num_chunks
-    keys = torch.zeros(*heads, shape.rope.head_dim)
+    heads = (len(shape.layers), shape.num_kv_heads)
+    chunks = shape.rotation.num_chunks
+    keys = torch.zeros(*heads, shape.rotation.head_dim)
     return DominantFCs(
         model=shape,
         num_fcs=num_fcs,
         ranking=torch.arange(chunks, dtype=torch.int16).expand(*heads, chunks),
-        score=torch.zeros(shape.num_layers, shape.num_qo_heads, chunks),
+        score=torch.zeros(len(shape.layers), shape.num_qo_heads, chunks),
         k_mean=keys,
         k_scale=keys + KEY_SPREAD,
     )

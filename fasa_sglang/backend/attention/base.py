@@ -9,14 +9,16 @@ import torch
 from sglang.srt.runtime_context import get_parallel
 
 from fasa_sglang.backend.attention.label_cache import LabelCache
+from fasa_sglang.backend.attention.query_samples import QuerySamples
 from fasa_sglang.backend.attention.variant import Variant
+from fasa_sglang.backend.host import full_attention_backend, heads_of_rank
 from fasa_sglang.backend.metrics import Usage, counts_requests
 from fasa_sglang.backend.pruner import Pruner
-from fasa_sglang.backend.served import load_dominant_fcs
+from fasa_sglang.backend.served_model import served_model
 from fasa_sglang.backend.step import LaneStep, launch_step
 from fasa_sglang.config import FasaConfig
+from fasa_sglang.dominant_fcs import DominantFCs
 from fasa_sglang.errors import UnsupportedHostError
-from fasa_sglang.layer_plan import LayerPlan
 from fasa_sglang.names import POOL_ATTRIBUTE, RUNNER_ATTRIBUTE
 from fasa_sglang.ops.label_format import LABEL_FORMATS
 
@@ -32,6 +34,8 @@ class FasaBackend:
         lanes: One entry per row of the coming decode batch, set before each forward pass; empty
             for any other batch.
         label_cache: Labels of this rank's layers and KV heads.
+        calibrated: Whether the label cache has its calibration.
+        sampling: Takes the queries of a calibration's text; None at all other times.
         usage: Step and request counters.
         pruner: Frees KV slots of requests that prune.
         has_variants: Whether the backend captures one CUDA graph per batch size and ``Variant``.
@@ -44,31 +48,31 @@ class FasaBackend:
     capturing: Variant | None = None
 
     def start_fasa(self, runner: Any, config: FasaConfig) -> None:
-        """Load the calibration and allocate the label cache.
+        """Allocate the label cache, and use the calibration if there is one.
 
         Args:
             runner: SGLang's ``ModelRunner``, its KV pool allocated.
             config: The server's settings.
-
-        Raises:
-            FasaError: The calibration is missing, broken or was made for another model.
         """
         self.config = config
         self.lanes: list[LaneStep] = []
-        dominant, num_fcs = load_dominant_fcs(runner.model_config)
-        parallel = get_parallel()
+        self.sampling: QuerySamples | None = None
+        model = served_model(runner.model_config)
+        self.plan = model.plan
         pool = runner.token_to_kv_pool
-        model_plan = LayerPlan.of_model(dominant.model.num_layers, config.num_dense_layers)
-        self.plan = model_plan.stage(pool.start_layer, pool.layer_num)
+        num_qo_heads, num_kv_heads = heads_of_rank(runner.model_config)
         self.label_cache = LabelCache(
-            pool.k_buffer,
-            dominant.for_rank(parallel.attn_tp_rank, parallel.attn_tp_size),
-            self.plan,
-            num_fcs,
+            {layer: pool.get_key_buffer(layer) for layer in self.plan.selecting},
+            pool.size + pool.page_size,
+            num_kv_heads,
+            num_qo_heads,
+            model.shape.rotation.head_dim,
+            model.num_fcs,
             LABEL_FORMATS[config.label_dtype],
+            runner.device,
         )
         labels = self.label_cache.labels
-        self.usage = Usage(runner.server_args, labels.nbytes, counts_requests(parallel))
+        self.usage = Usage(runner.server_args, labels.nbytes, counts_requests(get_parallel()))
         self.pruner = Pruner(config, labels.shape[1], labels.device, self.usage)
         setattr(runner.req_to_token_pool, POOL_ATTRIBUTE, self.pruner)
         setattr(runner, RUNNER_ATTRIBUTE, self)
@@ -77,15 +81,15 @@ class FasaBackend:
             "FASA: %s, %s, selector %s, budget %d (at most %d), sink %d, recent %d, %d of %d "
             "frequency chunks, combine %s, %d dense layers, sparse from %d tokens, default %s, "
             "calibration %s",
-            dominant.model.architecture,
+            model.shape.architecture,
             type(self).__name__,
             config.selector,
             config.budget,
             config.max_budget,
             config.sink,
             config.recent,
-            num_fcs,
-            dominant.model.rope.num_chunks,
+            model.num_fcs,
+            model.shape.rotation.num_chunks,
             config.combine,
             config.num_dense_layers,
             config.min_seq_len,
@@ -101,6 +105,20 @@ class FasaBackend:
             labels.nbytes / 2**20,
             kv_bytes / 2**20,
         )
+        self.calibrated = False
+        if model.calibration is not None:
+            self.use_calibration(model.calibration)
+
+    def use_calibration(self, dominant: DominantFCs) -> None:
+        """Select by a calibration from now on; layers that it leaves out stay dense.
+
+        Args:
+            dominant: The calibration of the whole model.
+        """
+        parallel = get_parallel()
+        self.label_cache.use(dominant.for_rank(parallel.attn_tp_rank, parallel.attn_tp_size))
+        self.plan = self.plan.only(dominant.model.layers)
+        self.calibrated = True
 
     def forward_extend(
         self,
@@ -116,6 +134,8 @@ class FasaBackend:
 
         Arguments and result are those of SGLang's ``AttentionBackend.forward_extend``.
         """
+        if self.sampling is not None:
+            self.sampling.take(layer, q, forward_batch)
         out = super().forward_extend(  # type: ignore[misc]
             q, k, v, layer, forward_batch, *args, **kwargs
         )
@@ -143,7 +163,7 @@ def plan_step(result: Any, cls: Any, batch: Any, model_runner: Any, **kwargs: An
     Raises:
         UnsupportedHostError: SGLang wrapped or replaced the backend, so no lane could be sparse.
     """
-    backend = getattr(model_runner, "attn_backend", None)
+    backend = full_attention_backend(model_runner)
     if isinstance(backend, FasaBackend):
         backend.lanes = launch_step(batch, backend.config, backend.plan, backend.usage)
         backend.pruner.start_averages(batch, backend.lanes)

@@ -35,11 +35,10 @@ class FasaFlashInferAttnBackend(FasaBackend, FlashInferAttnBackend):
 
     Args:
         runner: SGLang's ``ModelRunner``, its KV pool allocated.
-        config: The server's settings; ``calibration`` must be set.
+        config: The server's settings.
 
     Raises:
-        FasaError: The calibration is missing, broken or was made for another model, or FlashInfer
-            does not pass the self-test.
+        UnsupportedHostError: FlashInfer does not pass the self-test.
     """
 
     forward_metadata: Any

@@ -8,6 +8,7 @@ from typing import Any
 
 from fasa_sglang.backend.attention.base import FasaBackend
 from fasa_sglang.backend.attention.variant import Variant
+from fasa_sglang.backend.host import full_attention_backend
 
 
 def capture_every_variant(original: Callable[..., None], runner: Any, *args: Any) -> None:
@@ -15,7 +16,7 @@ def capture_every_variant(original: Callable[..., None], runner: Any, *args: Any
 
     SGLang has its own graph variants since 0.5.20; this also works in 0.5.17.
     """
-    backend = getattr(runner, "attn_backend", None)
+    backend = full_attention_backend(runner)
     if not isinstance(backend, FasaBackend) or not backend.has_variants:
         original(runner, *args)
         return
@@ -27,7 +28,7 @@ def capture_every_variant(original: Callable[..., None], runner: Any, *args: Any
 
 def name_variant(result: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
     """Add the variant to the key under which SGLang stores and looks up a graph."""
-    backend = getattr(runner, "attn_backend", None)
+    backend = full_attention_backend(runner)
     if not isinstance(backend, FasaBackend) or not backend.has_variants:
         return result
     label = "-".join(filter(None, (result.variant_label, backend.variant.value)))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 
 from fasa_sglang.dominant_fcs import DominantFCs
-from fasa_sglang.layer_plan import LayerPlan
 from fasa_sglang.ops.label_format import LabelFormat
 from fasa_sglang.ops.layer_labels import LayerLabels
 
@@ -18,13 +17,19 @@ class LabelCache:
     Labels are computed from the KV pool after a forward pass has written its keys, whichever kernel
     wrote them, so a slot that another request reuses through the radix tree has its label.
 
+    The buffers that depend on the calibration are filled in place by ``use``, so CUDA graphs may be
+    captured before it is known.
+
     Args:
-        k_buffers: The KV pool's keys, one ``[num_slots, num_kv_heads, head_dim]`` per layer of
-            this stage. They must outlive this object and stay where they are.
-        dominant: The calibration of this rank's heads.
-        plan: Kind of every layer.
+        k_buffers: The KV pool's keys of the layers that select, ``[num_slots, num_kv_heads,
+            head_dim]`` each, by layer. They must outlive this object and stay where they are.
+        num_slots: Slots of the KV pool, the unused first ones included.
+        num_kv_heads: KV heads of this rank.
+        num_qo_heads: Query heads of this rank.
+        head_dim: Dims of a head.
         num_fcs: Chunks that a label holds.
         label_format: How labels are stored.
+        device: Where to store them.
 
     Attributes:
         labels: ``[selecting_layers, num_slots, num_kv_heads, 2 * num_fcs]``.
@@ -32,40 +37,54 @@ class LabelCache:
 
     def __init__(
         self,
-        k_buffers: Sequence[torch.Tensor],
-        dominant: DominantFCs,
-        plan: LayerPlan,
+        k_buffers: Mapping[int, torch.Tensor],
+        num_slots: int,
+        num_kv_heads: int,
+        num_qo_heads: int,
+        head_dim: int,
         num_fcs: int,
         label_format: LabelFormat,
+        device: torch.device | str,
     ) -> None:
-        num_slots, num_kv_heads, _ = k_buffers[0].shape
-        device = k_buffers[0].device
-        layers = plan.selecting
-        dims = dominant.dims(num_fcs)[layers]
-        mean = dominant.k_mean[layers].gather(-1, dims)
-        scale = torch.ones(dims.shape)
-        if label_format.scaled:
-            # Dims that were constant during calibration keep a scale of 1.
-            spread = dominant.k_scale[layers].gather(-1, dims)
-            scale = torch.where(spread > 0, spread, 1.0)
-        self._dims = dims.int().to(device)
-        self._mean, self._scale = mean.to(device), scale.to(device)
-        self._head_dims = dominant.head_dims(num_fcs)[layers].to(device)
-        self._keys = [k_buffers[plan.pool_index(layer)] for layer in layers]
-        self._format = label_format
-        self.labels = label_format.empty_cache(
-            len(layers), num_slots, num_kv_heads, num_fcs, device
-        )
+        device = torch.device(device)
+        self._index = {layer: i for i, layer in enumerate(k_buffers)}
+        self._keys = list(k_buffers.values())
+        self._format, self._num_fcs = label_format, num_fcs
+        count = len(self._keys)
+        shape = (count, num_kv_heads, 2 * num_fcs)
+        # Until a calibration is in use, any dims do: nothing reads the labels.
+        self._dims = torch.zeros(shape, dtype=torch.int32, device=device)
+        self._mean = torch.zeros(shape, device=device)
+        self._scale = torch.ones(shape, device=device)
+        self._head_dims = torch.zeros(count, num_qo_heads, head_dim, device=device)
+        self.labels = label_format.empty_cache(count, num_slots, num_kv_heads, num_fcs, device)
         parts = zip(self.labels, self._dims, self._scale, strict=True)
         self._layers = {
             layer: LayerLabels(*part, label_format)
-            for layer, part in zip(layers, parts, strict=True)
+            for layer, part in zip(k_buffers, parts, strict=True)
         }
-        self._index = {layer: i for i, layer in enumerate(layers)}
-        if device.type == "cuda" and layers:
+        if self.labels.is_cuda and self._keys:
             from fasa_sglang.ops.label_write import KeyPool
 
             self._key_pool = KeyPool(self._keys)
+
+    def use(self, dominant: DominantFCs) -> None:
+        """Use a calibration; labels that were written before are void.
+
+        Args:
+            dominant: The calibration of this rank's heads.
+        """
+        ranked = [layer for layer in self._index if layer in dominant.model.layers]
+        rows = dominant.rows(ranked)
+        own = [self._index[layer] for layer in ranked]
+        dims = dominant.dims(self._num_fcs)[rows]
+        self._dims[own] = dims.to(self._dims)
+        self._mean[own] = dominant.k_mean[rows].gather(-1, dims).to(self._mean)
+        if self._format.scaled:
+            # Dims that were constant during calibration keep a scale of 1.
+            spread = dominant.k_scale[rows].gather(-1, dims)
+            self._scale[own] = torch.where(spread > 0, spread, 1.0).to(self._scale)
+        self._head_dims[own] = dominant.head_dims(self._num_fcs)[rows].to(self._head_dims)
 
     def layer(self, layer: int) -> LayerLabels:
         """The labels of a layer of the model, which must be one that selects."""

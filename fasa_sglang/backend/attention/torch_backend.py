@@ -24,10 +24,7 @@ class FasaTorchAttnBackend(FasaBackend, TorchNativeAttnBackend):
 
     Args:
         runner: SGLang's ``ModelRunner``, its KV pool allocated.
-        config: The server's settings; ``calibration`` must be set.
-
-    Raises:
-        FasaError: The calibration is missing, broken or was made for another model.
+        config: The server's settings.
     """
 
     def __init__(self, runner: Any, config: FasaConfig) -> None:

@@ -67,7 +67,16 @@ def dense(random_model: Path) -> list[dict[str, Any]]:
         )
 
 
-@pytest.fixture(scope="module", params=["graphs", "eager"])
+# Engine arguments by what they test. ``fasa serve`` leaves prefill graphs to SGLang, which has them
+# by default; ``running_engine`` does not.
+ENGINES: dict[str, dict[str, Any]] = {
+    "graphs": {},
+    "default-prefill-graphs": {"cuda_graph_backend_prefill": None},
+    "eager": EAGER,
+}
+
+
+@pytest.fixture(scope="module", params=ENGINES)
 def engine(
     request: pytest.FixtureRequest,
     dense: list[dict[str, Any]],
@@ -76,8 +85,7 @@ def engine(
 ) -> Iterator[Any]:
     """Started after ``dense`` has ended: a process runs one engine at a time."""
     settings = {"calibration": random_calibration, "min_seq_len": 0, "max_budget": 8192}
-    extra = EAGER if request.param == "eager" else {}
-    with running_engine(random_model, settings, **COMMON, **extra) as running:
+    with running_engine(random_model, settings, **COMMON, **ENGINES[request.param]) as running:
         yield running
 
 
@@ -212,8 +220,7 @@ def test_real_weights_with_covering_budgets_equal_dense(
     from transformers import AutoTokenizer
 
     from fasa_sglang.calibration import corpus
-    from fasa_sglang.model_shape import ModelShape
-    from fasa_sglang.workloads.models.shapes import any_chunks, load_config
+    from fasa_sglang.workloads.models.shapes import any_chunks, llama_shape, load_config
 
     count, longest = draw(8, 64), 8000
     tokenizer = AutoTokenizer.from_pretrained(smollm2_path)
@@ -221,7 +228,7 @@ def test_real_weights_with_covering_budgets_equal_dense(
     ratio = (longest / 10) ** (1 / (count - 1))
     texts = [ids[500 * i : 500 * i + round(10 * ratio**i)] for i in range(count)]
     calibration = tmp_path / "smollm2.safetensors"
-    any_chunks(ModelShape.from_config(load_config(str(smollm2_path))), 16).save(calibration)
+    any_chunks(llama_shape(load_config(str(smollm2_path))), 16).save(calibration)
     settings = {"calibration": str(calibration), "min_seq_len": 0, "max_budget": 8192}
     common = {"mem_fraction_static": 0.5, "cuda_graph_max_bs_decode": 16}
     common |= {"max_running_requests": 16}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fasa_sglang.errors import UnsupportedHostError
-from fasa_sglang.layer_plan import LayerPlan
+from fasa_sglang.layer_plan import LayerKind, LayerPlan
 
 pytest.importorskip("flashinfer")
 
@@ -40,7 +40,7 @@ def make_decode(planner: Planner, layer: int) -> Any:
 
     labels: Any = SimpleNamespace(layer=lambda layer: None, labels=torch.zeros(1, 5, 2, 4))
     importance: Any = SimpleNamespace(counts=None)
-    plan = LayerPlan.of_model(2, 1)
+    plan = LayerPlan.of_model([LayerKind.SELECTS] * 2, 1)
     stand_in: Any = planner
     decode = SparseDecode(stand_in, torch.zeros(5), labels, plan, importance, 2, "nrm")
     decode.layer = layer

@@ -1,42 +1,47 @@
-"""``fasa calibrate``: write a model's calibration, a picture of it, and a table."""
+"""``fasa calibrate``: write a model's calibration, a picture of it, and a table.
+
+The calibration is made by an SGLang engine that serves the model, in a process of its own.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from fasa_sglang.calibration import corpus
-from fasa_sglang.calibration.calibrate import calibrate
 from fasa_sglang.calibration.heatmap import save_heatmap
-from fasa_sglang.calibration.model import DTYPES, load_model, memory_errors_explained
-from fasa_sglang.calibration.progress import progress_bar
+from fasa_sglang.calibration.job import CalibrationJob
 from fasa_sglang.calibration.rankers import RANKERS
 from fasa_sglang.calibration.settings import DEFAULT_TOKENS, DEFAULT_TOP_K, CalibrationSettings
+from fasa_sglang.commands.device_flags import device_environment, device_flags
+from fasa_sglang.commands.server_flags import parse_server_flags
+from fasa_sglang.config import ENV, OVERRIDES_FLAG
 from fasa_sglang.dominant_fcs import DominantFCs
-from fasa_sglang.errors import CalibrationError
+from fasa_sglang.errors import CalibrationError, FasaError
+from fasa_sglang.names import BACKEND_NAME
 from fasa_sglang.output_file import require_writable, write_whole
 from fasa_sglang.own_command import sigterm_exits
 
+_OUR_ERROR = re.compile(r"fasa_sglang\.errors\.\w+: (.+)")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
+    """Declare the command's own arguments; all others are SGLang's."""
     defaults = CalibrationSettings()
-    parser.add_argument("--model", required=True, help="Hugging Face folder or hub name")
-    parser.add_argument("--revision", help="branch, tag or commit of a hub model")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run the code that comes with the model"
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("auto", *DTYPES),
-        default="auto",
-        help="dtype to run the model in; auto is bfloat16 on a GPU and float32 on a CPU",
-    )
+    parser.usage = "fasa calibrate MODEL [options] [flags of sglang.launch_server]"
+    # An abbreviation could also be a flag of SGLang.
+    parser.allow_abbrev = False
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--text", metavar="FILE", help="UTF-8 text to calibrate on")
     source.add_argument(
@@ -57,7 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens",
         type=int,
-        help=f"length of the text; default: {DEFAULT_TOKENS}, or the model's context if shorter",
+        help=f"length of the text; default: {DEFAULT_TOKENS}, or less if the model's context or "
+        "the KV pool is shorter",
     )
     parser.add_argument(
         "--top-k",
@@ -68,21 +74,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num-queries", type=int, default=defaults.num_queries, help="number of sampled queries"
     )
     parser.add_argument("--seed", type=int, default=defaults.seed, help="seed of that sample")
-    parser.add_argument(
-        "--rope-layout",
-        choices=("neox", "interleaved"),
-        help="rotary layout, for a model type that FASA does not know",
-    )
-    parser.add_argument(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="device to run the model on; cuda uses all GPUs if accelerate is installed",
-    )
     parser.add_argument("--json", metavar="FILE", help="write the provenance as JSON")
+    parser.epilog = (
+        "MODEL is a Hugging Face folder or hub name, before or after the flags, or --model-path. "
+        "--tp-size, --dtype, --quantization and all other flags are those of sglang.launch_server."
+    )
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace, rest: list[str]) -> None:
     """Run the command.
+
+    Args:
+        args: The command's own arguments.
+        rest: The model and SGLang's flags.
 
     Raises:
         FasaError: The model, the text or a setting is invalid, or a file cannot be written.
@@ -95,27 +99,29 @@ def run(args: argparse.Namespace) -> None:
         num_queries=args.num_queries,
         seed=args.seed,
     )
-    out = Path(args.out or f"{Path(args.model).resolve().name}.fasa")
-    _require_outside_models(out)
-    for path in (out, args.json):
+    for path in (args.out, args.json):
         if path is not None:
             require_writable(Path(path))
-    text = _text(args, settings)
-    with sigterm_exits(), memory_errors_explained(args.model):
-        model, tokenizer = load_model(
-            args.model, args.device, args.revision, args.trust_remote_code, args.dtype
-        )
-        with progress_bar() as progress:
-            dominant = calibrate(
-                model,
-                tokenizer,
-                text,
-                corpus.held_out_text(),
-                settings,
-                interleaved=args.rope_layout and args.rope_layout == "interleaved",
-                progress=progress,
-            )
-        dominant.save(out)
+    environment = device_environment(os.environ)
+    flags = parse_server_flags(rest, environment)
+    out = Path(args.out or f"{Path(flags.model_path).resolve().name}.fasa")
+    _require_outside_models(out)
+    require_writable(out)
+    job = CalibrationJob(_text(args, settings), str(out.resolve()), settings)
+    # Settings of a server have no part in a calibration, and may not suit this model.
+    environment.pop(ENV, None)
+    overrides = {name: value for name, value in flags.overrides.items() if name != "fasa"}
+    command = [sys.executable, "-P", "-m", "fasa_sglang.commands.calibrating_engine"]
+    command += [*device_flags(), "--log-level", "warning", *flags.argv]
+    command += ["--attention-backend", BACKEND_NAME, OVERRIDES_FLAG, json.dumps(overrides)]
+    if "--cuda-graph-backend-decode" not in command:
+        # No token is decoded here, and capturing graphs takes a minute.
+        command += ["--cuda-graph-backend-decode", "disabled"]
+        command += ["--cuda-graph-backend-prefill", "disabled"]
+    with tempfile.TemporaryDirectory() as work:
+        environment |= job.environment(Path(work) / "text")
+        _run_engine(command, environment, flags.model_path)
+    dominant = DominantFCs.load(out)
     written = [str(out)]
     if not args.no_picture:
         picture = out.with_name(f"{out.name}.png")
@@ -127,6 +133,40 @@ def run(args: argparse.Namespace) -> None:
     console = Console()
     console.print(quality_table(dominant))
     console.print(f"wrote {' and '.join(written)}", soft_wrap=True)
+
+
+def _run_engine(command: list[str], environment: dict[str, str], model: str) -> None:
+    """Run the engine to its end, and show what it prints.
+
+    Raises:
+        FasaError: It failed; with the engine's own sentence, if it is one of ours.
+    """
+    reason = "the lines above say why"
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    with sigterm_exits(), process:
+        assert process.stderr is not None
+        try:
+            for line in process.stderr:
+                sys.stderr.write(line)
+                sys.stderr.flush()
+                found = _OUR_ERROR.search(line)
+                reason = found[1] if found else reason
+            code = process.wait()
+        finally:
+            # The engine's processes are one group, which has ended unless this one was interrupted.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if code:
+        raise FasaError(f"{model} could not be calibrated: {reason}")
 
 
 def _require_outside_models(out: Path) -> None:
@@ -167,6 +207,6 @@ def quality_table(dominant: DominantFCs) -> Table:
     ):
         chunks, *figures = row
         default = " *" if chunks == dominant.num_fcs else ""
-        total = dominant.model.rope.num_chunks
+        total = dominant.model.rotation.num_chunks
         table.add_row(f"{chunks} of {total}{default}", *(f"{figure:.3f}" for figure in figures))
     return table

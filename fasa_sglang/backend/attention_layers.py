@@ -1,0 +1,74 @@
+"""The attention layers of a served model: what each reads, and how it rotates its heads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+from torch.nn import Module
+
+from fasa_sglang.errors import UnsupportedModelError
+from fasa_sglang.rope import Rotation
+from fasa_sglang.rotary_modules import rotary_module, rotation_of
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """A layer with attention.
+
+    Args:
+        layer: Its number in the whole model.
+        attends_to_all: Whether it reads every token; False for a sliding window or a chunk.
+        rotation: How it rotates its heads; None if it does not, or does not attend to everything.
+    """
+
+    layer: int
+    attends_to_all: bool
+    rotation: Rotation | None
+
+
+def attention_layers(model: Module) -> list[AttentionLayer]:
+    """The attention layers that this process holds, in order.
+
+    Args:
+        model: SGLang's model.
+
+    Raises:
+        UnsupportedModelError: A layer does what FASA cannot select for.
+    """
+    modules = dict(model.named_modules())
+    # Modules are shared by layers, and each is measured once.
+    measured: dict[tuple[int, int], Rotation] = {}
+    layers = []
+    for name, attention in modules.items():
+        if not isinstance(attention, RadixAttention):
+            continue
+        _require_causal(attention)
+        if attention.sliding_window_size > -1 or attention.use_irope:
+            layers.append(AttentionLayer(attention.layer_id, False, None))
+            continue
+        if attention.logit_cap:
+            raise UnsupportedModelError(
+                f"FASA ranks tokens by plain logits, but layer {attention.layer_id} caps them at "
+                f"{attention.logit_cap}; serve this model with another attention backend"
+            )
+        parts = name.split(".")
+        ancestors = [modules[".".join(parts[:depth])] for depth in range(len(parts))]
+        rotary, rotation = rotary_module(ancestors), None
+        if rotary is not None:
+            key = (id(rotary), attention.qk_head_dim)
+            if key not in measured:
+                measured[key] = rotation_of(rotary, attention.qk_head_dim)
+            rotation = measured[key] if measured[key].pairs else None
+        layers.append(AttentionLayer(attention.layer_id, True, rotation))
+    return sorted(layers, key=lambda layer: layer.layer)
+
+
+def _require_causal(attention: Any) -> None:
+    if attention.is_cross_attention or attention.attn_type is not AttentionType.DECODER:
+        raise UnsupportedModelError(
+            f"FASA selects among a request's own earlier tokens, but layer {attention.layer_id} "
+            "attends to an encoder's output or in both directions; serve this model with another "
+            "attention backend"
+        )
