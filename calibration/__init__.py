@@ -1,4 +1,4 @@
-"""Offline calibration: find the frequency chunks that rank tokens like a model's whole heads.
+"""Calibration: find the frequency chunks that rank tokens like a model's whole heads.
 
-The server reads only the ``DominantFCs`` file that a calibration writes.
+Pure functions of queries and keys, which the engine that serves the model supplies.
 """

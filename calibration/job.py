@@ -34,7 +34,8 @@ class CalibrationJob:
         Args:
             text_file: Where the text is written to, as it may be longer than a variable can be.
         """
-        text_file.write_text(self.text.content, encoding="utf-8")
+        # As bytes, so that line ends stay as they are.
+        text_file.write_bytes(self.text.content.encode())
         values = {
             "out": self.out,
             "settings": asdict(self.settings),
@@ -48,7 +49,7 @@ class CalibrationJob:
         if ENV not in os.environ:
             return None
         values = json.loads(os.environ[ENV])
-        content = Path(values["text"]["file"]).read_text(encoding="utf-8")
+        content = Path(values["text"]["file"]).read_bytes().decode()
         return cls(
             text=Text(values["text"]["name"], content),
             out=values["out"],

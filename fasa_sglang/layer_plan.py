@@ -73,6 +73,14 @@ class LayerPlan:
         """Layers of this stage that select, in order. Only these have labels."""
         return [i for i in self._layers if self.selects(i)]
 
+    @cached_property
+    def reads_all_slots(self) -> bool:
+        """Whether every layer of the model reads a request's slots as FASA leaves them.
+
+        Pruning frees slots in all layers, and layers of kind ``OTHER`` do not know of it.
+        """
+        return LayerKind.OTHER not in self.kinds
+
     def selects(self, layer: int) -> bool:
         """Whether a layer of the model selects."""
         return self.kinds[layer] is LayerKind.SELECTS

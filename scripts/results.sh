@@ -95,7 +95,9 @@ ablate() { # NAME CHUNKS SETTINGS [FLAG...]; SETTINGS without its braces
     "${@:4}" --flags "--max-total-tokens 200000 $EAGER"
 }
 
-ablations() { # CALIBRATIONS: a folder with one calibration for each ranker, length and text below
+# CALIBRATIONS: a folder with one calibration for each ranker, length and text below, made by
+# fasa calibrate --model FOLDER --out NAME.safetensors with --ranker, --tokens or --text.
+ablations() {
   # Most use half of the chunks, the default of larger heads.
   ablate half 16 '' &
   ablate three-quarters 24 '' &
@@ -114,7 +116,6 @@ ablations() { # CALIBRATIONS: a folder with one calibration for each ranker, len
   for name in separation agreement covariance short readme; do
     ablate "$name" 16 '' --calibration "$1/$name.safetensors" &
   done
-  ablate adjacent 16 '"rope_layout": "interleaved"' --calibration "$1/adjacent.safetensors" &
   wait_for_all
 }
 

@@ -123,7 +123,7 @@ def abort_unrecoverable_retractions(
 def _request(pruner: Pruner, req: Any) -> FasaRequest | None:
     """FASA's parameters of a request that may not have been scheduled yet."""
     state = getattr(req, REQ_ATTRIBUTE, None)
-    return request_of(req, pruner.config) if state is None else state.request
+    return request_of(req, pruner.config, pruner.plan) if state is None else state.request
 
 
 def _prune_state(req: Any) -> PruneState:

@@ -101,7 +101,8 @@ class EngineCalibration:
         if args.enable_dp_attention:
             raise UnsupportedHostError(
                 "FASA does not calibrate with --enable-dp-attention; run fasa calibrate --model "
-                f"{runner.model_config.model_path} with the other flags once, and start again"
+                f"{runner.model_config.model_path} --out FILE with the other flags once, and start "
+                "with FILE as the fasa setting calibration"
             )
         self._first = parallel.pp_rank == parallel.tp_rank == 0
         self._out = Path(self._job.out) if self._job.out else calibration_path(runner)

@@ -12,6 +12,7 @@ from fasa_sglang.backend.metrics import Usage
 from fasa_sglang.backend.step import LaneStep, RequestState
 from fasa_sglang.backend.thinking import thinking_end
 from fasa_sglang.config import FasaConfig
+from fasa_sglang.layer_plan import LayerPlan
 from fasa_sglang.names import POOL_ATTRIBUTE, REQ_ATTRIBUTE
 from fasa_sglang.pruning.importance import Importance
 from fasa_sglang.pruning.policy import choose_victims, num_victims, prunable_range
@@ -23,6 +24,7 @@ class Pruner:
 
     Args:
         config: The server's settings.
+        plan: What the layers of the model do.
         num_slots: Slots of the KV pool, the unused first one included.
         device: Device of the KV pool.
         usage: Receives the numbers of pruned and live tokens.
@@ -33,9 +35,14 @@ class Pruner:
     """
 
     def __init__(
-        self, config: FasaConfig, num_slots: int, device: torch.device, usage: Usage
+        self,
+        config: FasaConfig,
+        plan: LayerPlan,
+        num_slots: int,
+        device: torch.device,
+        usage: Usage,
     ) -> None:
-        self.config = config
+        self.config, self.plan = config, plan
         self.usage = usage
         self.tombstones = 0
         self.importance = Importance(num_slots, device)

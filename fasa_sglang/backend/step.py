@@ -173,7 +173,7 @@ def request_state(req: Any, config: FasaConfig, plan: LayerPlan, usage: Usage) -
     """The state of an SGLang ``Req``, created when the request is first scheduled."""
     state = getattr(req, REQ_ATTRIBUTE, None)
     if state is None:
-        request = request_of(req, config)
+        request = request_of(req, config, plan)
         params = req.sampling_params.custom_params
         reason = dense_reason(request, params, config, _is_beam_search(req))
         state = RequestState(request, reason, plan, usage)
@@ -181,7 +181,7 @@ def request_state(req: Any, config: FasaConfig, plan: LayerPlan, usage: Usage) -
     return state
 
 
-def request_of(req: Any, config: FasaConfig) -> FasaRequest | None:
+def request_of(req: Any, config: FasaConfig, plan: LayerPlan) -> FasaRequest | None:
     """The FASA parameters of an SGLang ``Req``; None if it stays dense.
 
     The tokenizer process checks requests first, but not on every route into the scheduler. A
@@ -191,7 +191,13 @@ def request_of(req: Any, config: FasaConfig) -> FasaRequest | None:
 
     params = req.sampling_params.custom_params
     try:
-        return served_request(params, config, len(req.origin_input_ids), _is_beam_search(req))
+        request = served_request(params, config, len(req.origin_input_ids), _is_beam_search(req))
+        if request is not None and request.prune != "off" and not plan.reads_all_slots:
+            raise RequestError(
+                "fasa.prune does not work with this model, because some of its layers have a "
+                "sliding window or a recurrent state; leave out fasa.prune"
+            )
+        return request
     except RequestError as error:
         req.to_finish = FINISH_ABORT(str(error), status_code=HTTPStatus.BAD_REQUEST)
         return None

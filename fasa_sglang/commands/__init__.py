@@ -1,1 +1,1 @@
-"""The subcommands ``fasa serve`` and ``fasa doctor``."""
+"""The subcommands ``fasa serve``, ``fasa calibrate`` and ``fasa doctor``."""

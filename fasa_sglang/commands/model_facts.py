@@ -51,10 +51,8 @@ def model_facts(config: Any) -> ModelFacts:
             f"{architecture} uses multi-head latent attention, FASA needs one key per KV head; "
             "serve it with another attention backend"
         )
-    layer_types = getattr(text, "layer_types", None)
-    num_full = text.num_hidden_layers
-    if layer_types:
-        num_full = sum(kind in ("full_attention", "attention") for kind in layer_types)
+    layer_types = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    num_full = sum(kind in ("full_attention", "attention") for kind in layer_types)
     if not num_full:
         raise UnsupportedModelError(
             f"no layer of {architecture} attends to all tokens (its layers are of type "

@@ -80,21 +80,28 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
     command += [*device_flags(), *flags.argv, "--attention-backend", BACKEND_NAME]
     command += [OVERRIDES_FLAG, json.dumps({**flags.overrides, "fasa": settings})]
     server = subprocess.Popen(command, env=environment)
+    asked: list[int] = []
 
-    def forward(number: int, frame: FrameType | None) -> None:
-        server.send_signal(number)
+    def stop(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        # A terminal sends Ctrl-C to both processes, and the server decides when to end.
+        if number != signal.SIGINT:
+            server.send_signal(number)
 
-    signal.signal(signal.SIGTERM, forward)
-    # A terminal sends Ctrl-C to both processes, and the server decides when to end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
     threading.Thread(
         target=announce,
         args=(server, flags, config, origin, console),
         daemon=True,
     ).start()
     code = server.wait()
-    if code not in (0, -signal.SIGTERM, -signal.SIGINT):
-        raise FasaError(f"the server ended with exit code {code}; its last lines say why")
+    if code in (0, -signal.SIGTERM, -signal.SIGINT):
+        return
+    if asked:
+        # A server that is stopped while it starts may fail in many ways, none of them a fault.
+        sys.exit(128 + asked[0])
+    raise FasaError(f"the server ended with exit code {code}; its last lines say why")
 
 
 def _settings(args: argparse.Namespace, overrides: dict[str, Any]) -> dict[str, Any]:

@@ -11,18 +11,20 @@ from fasa_sglang.calibration.rankers import (
     rank_statistics,
     selection_quality,
 )
-from fasa_sglang.rope import RopeLayout
+from fasa_sglang.rope import Rotation
 
 HQ, HKV, T, D, TOP_K = 4, 2, 60, 16, 8
-DIMS = RopeLayout(D, D, False, 1e4).chunk_dims()
+DIMS = Rotation.neox(D).chunk_dims()
 POSITIONS = torch.tensor([30, 41, 59])
+P = len(POSITIONS)
 
 
 def random_qk() -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries at the sampled positions, and the keys of all tokens."""
     generator = torch.Generator().manual_seed(0)
     scale = torch.rand(D, generator=generator) * 2
     return (
-        torch.randn(HQ, T, D, generator=generator) * scale,
+        torch.randn(HQ, P, D, generator=generator) * scale,
         torch.randn(HKV, T, D, generator=generator),
     )
 
@@ -32,7 +34,7 @@ def test_chunk_scores_summed_over_chunks_are_the_logits() -> None:
     seen = list(chunk_scores(q, k, DIMS, POSITIONS))
     assert [head for head, _ in seen] == [0, 0, 0, 1, 1, 1]
     _, scores = seen[4]
-    expected = q[2:, 41] @ k[1, :42].T
+    expected = q[2:, 1] @ k[1, :42].T
     torch.testing.assert_close(scores.sum(dim=1), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -42,8 +44,8 @@ def test_rank_statistics_equal_their_definitions() -> None:
     for head in range(HQ):
         for chunk in range(D // 2):
             values: dict[str, list[float]] = {name: [] for name in got}
-            for t in POSITIONS.tolist():
-                keys, query = k[head // 2, : t + 1].double(), q[head, t].double()
+            for i, t in enumerate(POSITIONS.tolist()):
+                keys, query = k[head // 2, : t + 1].double(), q[head, i].double()
                 part = keys[:, DIMS[chunk]] @ query[DIMS[chunk]]
                 full = keys @ query
                 best = set(full.topk(TOP_K).indices.tolist())

@@ -73,7 +73,7 @@ class FasaBackend:
         )
         labels = self.label_cache.labels
         self.usage = Usage(runner.server_args, labels.nbytes, counts_requests(get_parallel()))
-        self.pruner = Pruner(config, labels.shape[1], labels.device, self.usage)
+        self.pruner = Pruner(config, self.plan, labels.shape[1], labels.device, self.usage)
         setattr(runner.req_to_token_pool, POOL_ATTRIBUTE, self.pruner)
         setattr(runner, RUNNER_ATTRIBUTE, self)
         kv_bytes = sum(buffer.nbytes for buffer in (*pool.k_buffer, *pool.v_buffer))

@@ -26,6 +26,7 @@ from fasa_sglang.errors import UnsupportedHostError
 from fasa_sglang.flashinfer_ext.buffers import PlannerBuffers
 from fasa_sglang.flashinfer_ext.planner import SparseIndexPlanner
 from fasa_sglang.flashinfer_ext.self_test import decode_problem
+from fasa_sglang.layer_plan import LayerKind
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,8 @@ class FasaFlashInferAttnBackend(FasaBackend, FlashInferAttnBackend):
                 f"{problem}; install the FlashInfer version that {SUPPORTED_VERSIONS} requires, or "
                 "use another attention backend"
             )
+        # With sliding windows in some layers SGLang has two wrappers, the first one for windows.
+        self._full = len(self.decode_wrappers) - 1
         self._graph_buffers: PlannerBuffers | None = None
         self._graph_decodes: dict[int, SparseDecode] = {}
         self._eager_buffers: PlannerBuffers | None = None
@@ -104,7 +107,7 @@ class FasaFlashInferAttnBackend(FasaBackend, FlashInferAttnBackend):
         decode = self._graph_decodes.get(batch_size)
         if decode is None:
             assert in_capture and self._graph_buffers is not None
-            slots = self.cuda_graph_kv_indices[0]
+            slots = self.cuda_graph_kv_indices[self._full]
             decode = self._new_decode(batch_size, slots, self._graph_buffers)
             self._graph_decodes[batch_size] = decode
         self._start(decode, forward_batch, [] if in_capture else self.lanes)
@@ -121,7 +124,7 @@ class FasaFlashInferAttnBackend(FasaBackend, FlashInferAttnBackend):
         batch_size = forward_batch.batch_size
         decode = self._eager_decode(batch_size, int(forward_batch.seq_lens_cpu.max()))
         # SGLang allocates a new index tensor for every eager step; the planner needs a fixed one.
-        slots = self.decode_wrappers[0]._paged_kv_indices_buf
+        slots = self.decode_wrappers[self._full]._paged_kv_indices_buf
         decode.slots[: len(slots)].copy_(slots)
         self._start(decode, forward_batch, self.lanes)
 
@@ -158,10 +161,13 @@ class FasaFlashInferAttnBackend(FasaBackend, FlashInferAttnBackend):
         Arguments and result are those of SGLang's ``AttentionBackend.forward_decode``.
         """
         dense = self.forward_metadata
-        selects = self.plan.selects(layer.layer_id)
-        if self.variant is Variant.MIXED or (self.variant is Variant.SPARSE and selects):
+        kind = self.plan.kinds[layer.layer_id]
+        if (kind is LayerKind.SELECTS and self.variant is not Variant.DENSE) or (
+            kind is LayerKind.DENSE and self.variant is Variant.MIXED
+        ):
             self._decode.layer = layer.layer_id
-            self.forward_metadata = dataclasses.replace(dense, decode_wrappers=[self._decode])
+            wrappers = [self._decode] * len(dense.decode_wrappers)
+            self.forward_metadata = dataclasses.replace(dense, decode_wrappers=wrappers)
         try:
             out = super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
         finally:
