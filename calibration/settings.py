@@ -44,6 +44,8 @@ class CalibrationSettings:
             )
         if self.num_queries < 1:
             raise CalibrationError(f"num_queries must be at least 1, got {self.num_queries}")
+        if self.num_fcs is not None and self.num_fcs < 1:
+            raise CalibrationError(f"num_fcs must be at least 1, got {self.num_fcs}")
         if self.top_k is not None and self.top_k < 1:
             raise CalibrationError(f"top_k must be at least 1, got {self.top_k}")
         least = 4 * (self.top_k or 1)
@@ -57,7 +59,7 @@ class CalibrationSettings:
         """Fill in the defaults that depend on the model's context.
 
         Args:
-            context: The longest context of the model in tokens; None if unknown.
+            context: The longest text that the server can prefill, in tokens; None if unknown.
 
         Raises:
             CalibrationError: The text is longer than the context, or too short for ``top_k``.
@@ -66,7 +68,7 @@ class CalibrationSettings:
         tokens = self.tokens or min(DEFAULT_TOKENS, limit)
         if context is not None and tokens > context:
             raise CalibrationError(
-                f"a calibration over {tokens} tokens does not fit the model's context of "
-                f"{context}; pass a smaller --tokens"
+                f"a calibration over {tokens} tokens does not fit the {context} tokens of the "
+                "model's context or of the KV pool; pass a smaller --tokens"
             )
         return replace(self, tokens=tokens, top_k=self.top_k or min(DEFAULT_TOP_K, tokens // 4))

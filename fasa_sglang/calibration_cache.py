@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fasa_sglang.calibration_file import FORMAT
+from fasa_sglang.dominant_fcs import DominantFCs
 from fasa_sglang.errors import CalibrationError, FasaError
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt")
@@ -51,6 +52,20 @@ def cached_calibration(model: str, revision: str | None = None) -> Path:
     # The format is part of the name, so that an older calibration is not used.
     file = f"{name}-{model_fingerprint(model, revision)}-{FORMAT}.fasa"
     return cache_dir() / "calibrations" / file
+
+
+def load_cached(path: Path) -> DominantFCs:
+    """Load a calibration of the cache.
+
+    Raises:
+        CalibrationError: The file is invalid; the message says how to get rid of it.
+    """
+    try:
+        return DominantFCs.load(path)
+    except CalibrationError as error:
+        raise CalibrationError(
+            f"the cached calibration is invalid ({error}); or delete {path} and start again"
+        ) from error
 
 
 def model_fingerprint(model: str, revision: str | None = None) -> str:

@@ -55,8 +55,9 @@ def rotation_of(module: torch.nn.Module, head_dim: int) -> Rotation:
 def _rotate_by_tables(
     module: torch.nn.Module, positions: torch.Tensor, x: torch.Tensor
 ) -> torch.Tensor:
-    """Rotate with cosines and sines of all dims, whose halves are the pairs."""
+    """Rotate with cosines and sines of all dims that rotate, whose halves are the pairs."""
     with torch.inference_mode():
-        cos, sin = (table.reshape(x.shape) for table in module(x[None], positions[None]))
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+        cos, sin = (table.reshape(len(x), -1) for table in module(x[None], positions[None]))
+    rotated, rest = x.split((cos.shape[-1], x.shape[-1] - cos.shape[-1]), dim=-1)
+    first, second = rotated.chunk(2, dim=-1)
+    return torch.cat((rotated * cos + torch.cat((-second, first), dim=-1) * sin, rest), dim=-1)

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from shapes import make_shape
 
 from fasa_sglang.calibration_file import FORMAT, MAX_BYTES, METADATA_KEY
 from fasa_sglang.dominant_fcs import DominantFCs
 from fasa_sglang.errors import CalibrationError, CalibrationMismatchError, FasaError
 from fasa_sglang.rope import Rotation
+from shapes import make_shape
 
 PAIRS = tuple((2 * i, 2 * i + 1) for i in range(8))
 INTERLEAVED = replace(Rotation.neox(16), pairs=PAIRS)

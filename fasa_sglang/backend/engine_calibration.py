@@ -97,6 +97,8 @@ class EngineCalibration:
         self._runner, self._backend = runner, backend
         self._model = served_model(runner.model_config)
         self._job = CalibrationJob.from_environment() or CalibrationJob()
+        if self._job.settings.num_fcs is not None:
+            self._model.shape.check_num_fcs(self._job.settings.num_fcs)
         args, parallel = resolved_args(runner.server_args), get_parallel()
         if args.enable_dp_attention:
             raise UnsupportedHostError(

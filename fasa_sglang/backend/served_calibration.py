@@ -8,9 +8,8 @@ from typing import Any
 from fasa_sglang.backend.host import resolved_args
 from fasa_sglang.backend.served import fasa_config
 from fasa_sglang.calibration.job import CalibrationJob
-from fasa_sglang.calibration_cache import cached_calibration, weights_fingerprint
+from fasa_sglang.calibration_cache import cached_calibration, load_cached, weights_fingerprint
 from fasa_sglang.dominant_fcs import DominantFCs
-from fasa_sglang.errors import CalibrationError
 from fasa_sglang.model_shape import ModelShape
 
 
@@ -33,14 +32,7 @@ def find_calibration(runner: Any, shape: ModelShape) -> DominantFCs | None:
     automatic = fasa_config(runner.model_config).calibration == "auto"
     if path is None or (automatic and not path.exists()):
         return None
-    try:
-        dominant = DominantFCs.load(path)
-    except CalibrationError as error:
-        if not automatic:
-            raise
-        raise CalibrationError(
-            f"the cached calibration is invalid ({error}); or delete {path} and start again"
-        ) from error
+    dominant = load_cached(path) if automatic else DominantFCs.load(path)
     dominant.check_model(shape, served_fingerprint(runner), path)
     return dominant
 

@@ -24,6 +24,7 @@ from fasa_sglang.calibration.heatmap import save_heatmap
 from fasa_sglang.calibration.job import CalibrationJob
 from fasa_sglang.calibration.rankers import RANKERS
 from fasa_sglang.calibration.settings import DEFAULT_TOKENS, DEFAULT_TOP_K, CalibrationSettings
+from fasa_sglang.calibration_cache import model_fingerprint
 from fasa_sglang.commands.device_flags import device_environment, device_flags
 from fasa_sglang.commands.server_flags import parse_server_flags
 from fasa_sglang.config import ENV, OVERRIDES_FLAG
@@ -107,6 +108,9 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
     out = Path(args.out or f"{Path(flags.model_path).resolve().name}.fasa")
     _require_outside_models(out)
     require_writable(out)
+    if flags.load_format != "dummy":
+        # A model that cannot be found is one sentence here, and a traceback in the engine.
+        model_fingerprint(flags.model_path, flags.revision)
     job = CalibrationJob(_text(args, settings), str(out.resolve()), settings)
     # Settings of a server have no part in a calibration, and may not suit this model.
     environment.pop(ENV, None)

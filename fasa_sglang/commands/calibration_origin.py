@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from fasa_sglang.calibration_cache import cached_calibration, create_cache_folder
+from fasa_sglang.calibration_cache import cached_calibration, create_cache_folder, load_cached
 from fasa_sglang.commands.server_flags import ServerFlags
 from fasa_sglang.config import FasaConfig
 from fasa_sglang.dominant_fcs import DominantFCs
@@ -33,7 +33,7 @@ def calibration_origin(flags: ServerFlags, config: FasaConfig) -> CalibrationOri
         config: The server's settings.
 
     Raises:
-        FasaError: A given file cannot be read, or the cache cannot be written.
+        FasaError: The file cannot be read, or the cache cannot be written.
     """
     if config.calibration != "auto":
         path = Path(config.calibration)
@@ -43,6 +43,7 @@ def calibration_origin(flags: ServerFlags, config: FasaConfig) -> CalibrationOri
         return CalibrationOrigin(None, "of random weights, not kept")
     path = cached_calibration(flags.model_path, flags.revision)
     if path.exists():
+        load_cached(path)
         return CalibrationOrigin(path, "kept from an earlier run")
     create_cache_folder(path.parent)
     require_writable(path)

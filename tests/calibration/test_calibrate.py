@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -12,19 +14,20 @@ from typing import Any
 
 import pytest
 import torch
-from shapes import make_shape
 
 from fasa_sglang import __version__
 from fasa_sglang.calibration import calibrate
 from fasa_sglang.calibration.corpus import Text, default_text, held_out_text
+from fasa_sglang.calibration.heatmap import save_heatmap
 from fasa_sglang.calibration.progress import ProgressLines
 from fasa_sglang.calibration.rankers import RANKERS
 from fasa_sglang.calibration.settings import CalibrationSettings
 from fasa_sglang.dominant_fcs import DominantFCs
-from fasa_sglang.errors import CalibrationError
+from fasa_sglang.errors import CalibrationError, FasaError
 from fasa_sglang.model_shape import ModelShape
 from fasa_sglang.output_file import remove_stale_parts
 from fasa_sglang.rope import Rotation
+from shapes import make_shape
 
 SETTINGS = CalibrationSettings(tokens=256, top_k=16, num_queries=8)
 ROTATION = Rotation.neox(16)
@@ -101,6 +104,24 @@ def test_score_layer_of_a_zero_padded_head_gives_a_file_that_loads(
         assert loaded.ranking[1, 1].tolist() == list(range(8)), "equal chunks keep RoPE's order"
 
 
+def test_save_on_a_full_disk_leaves_no_files(tmp_path: Path) -> None:
+    """A limit on file sizes stands in for a full disk, at the calibration and at the picture."""
+    dominant = replace(calibrated([random_layer(0)] * 2), provenance={"ranker": "deviation"})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    out, picture = tmp_path / "c.fasa", tmp_path / "c.fasa.png"
+    try:
+        with pytest.raises(FasaError, match=rf"cannot write {out} \(File too large\)"):
+            dominant.save(out)
+        with pytest.raises(FasaError, match=rf"cannot write {picture} \(File too large\)"):
+            save_heatmap(dominant, picture)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert not list(tmp_path.iterdir())
+
+
 def test_rank_chunks_orders_by_the_mean_of_a_group_and_keeps_the_order_of_equals() -> None:
     score = torch.tensor([[[1.0, 5.0, 2.0], [1.0, 0.0, 2.0], [0.0, 0.0, 1.0], [0.0, 0.0, 3.0]]])
     ranking = calibrate.rank_chunks(score, num_kv_heads=2)
@@ -172,6 +193,8 @@ def test_provenance_tells_texts_settings_and_rounded_figures() -> None:
         ({"tokens": 100, "top_k": 256}, r"tokens must be at least 4 \* top_k = 1024, got 100"),
         ({"num_queries": 0}, "num_queries must be at least 1, got 0"),
         ({"top_k": 0}, "top_k must be at least 1, got 0"),
+        # Not mistaken for a missing value, which means the default.
+        ({"num_fcs": 0}, "num_fcs must be at least 1, got 0"),
     ],
     ids=str,
 )
@@ -187,7 +210,7 @@ def test_settings_for_a_context_fit_tokens_and_top_k() -> None:
 
 
 def test_settings_beyond_the_context_are_refused() -> None:
-    message = "5000 tokens does not fit the model's context of 4096; pass a smaller --tokens"
+    message = "5000 tokens does not fit the 4096 tokens of the model's context or .* --tokens"
     with pytest.raises(CalibrationError, match=message):
         CalibrationSettings(tokens=5000).for_context(4096)
 

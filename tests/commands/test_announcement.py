@@ -9,15 +9,16 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
 from fasa_sglang.commands.announcement import announce
+from fasa_sglang.commands.calibration_origin import CalibrationOrigin
 from fasa_sglang.commands.server_flags import FIELDS, ServerFlags
 from fasa_sglang.config import FasaConfig
-from fasa_sglang.dominant_fcs import DominantFCs
 
 
 @contextmanager
@@ -40,7 +41,7 @@ def answering(codes: dict[str, int]) -> Iterator[int]:
         server.shutdown()
 
 
-def announced(port: int, dominant: DominantFCs, seconds_alive: float, **values: Any) -> str:
+def announced(port: int, calibration: str, seconds_alive: float, **values: Any) -> str:
     """Announce a process that lives for some seconds, and return what is printed."""
     code = f"import time; time.sleep({seconds_alive})"
     process = subprocess.Popen([sys.executable, "-c", code])
@@ -48,7 +49,8 @@ def announced(port: int, dominant: DominantFCs, seconds_alive: float, **values: 
     flags = ServerFlags(**{**fields, "host": "127.0.0.1", "port": port, **values})
     output = io.StringIO()
     try:
-        announce(process, flags, "c.fasa", FasaConfig(), dominant, Console(file=output))
+        origin = CalibrationOrigin(Path(calibration), "given")
+        announce(process, flags, FasaConfig(), origin, Console(file=output))
         assert (process.poll() is None) == (seconds_alive > 1)
     finally:
         process.kill()
@@ -62,14 +64,14 @@ def test_announce_of_a_server_that_refuses_us_gives_up_with_a_line(
     tiny_calibration: str, path: str, code: int
 ) -> None:
     with answering({"/health": 200, "/server_info": 200, path: code}) as port:
-        text = announced(port, DominantFCs.load(tiny_calibration), 60)
+        text = announced(port, tiny_calibration, 60)
     assert f"the server answers {code}" in text and "size unknown" in text
     assert f"serving at http://127.0.0.1:{port}" in text
 
 
 def test_announce_of_a_healthy_server_without_a_pool_size_says_so(tiny_calibration: str) -> None:
     with answering({"/health": 200, "/server_info": 200}) as port:
-        text = announced(port, DominantFCs.load(tiny_calibration), 60)
+        text = announced(port, tiny_calibration, 60)
     assert "size unknown (/server_info does not tell)" in text
 
 
@@ -77,10 +79,10 @@ def test_announce_of_a_server_without_tls_where_tls_is_expected_gives_up(
     tiny_calibration: str,
 ) -> None:
     with answering({"/health": 200}) as port:
-        text = announced(port, DominantFCs.load(tiny_calibration), 60, ssl_certfile="c")
+        text = announced(port, tiny_calibration, 60, ssl_certfile="c")
     assert "TLS refused" in text
 
 
 def test_announce_of_a_server_that_ends_prints_nothing(tiny_calibration: str) -> None:
     with answering({"/health": 503}) as port:
-        assert announced(port, DominantFCs.load(tiny_calibration), 0.2) == ""
+        assert announced(port, tiny_calibration, 0.2) == ""

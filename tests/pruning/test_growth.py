@@ -12,6 +12,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from fasa_sglang.backend.admission import max_growth
 from fasa_sglang.backend.pruner import Pruner
 from fasa_sglang.config import FasaConfig
+from fasa_sglang.layer_plan import LayerKind, LayerPlan
 from fasa_sglang.pruning.policy import num_victims, prunable_range
 from fasa_sglang.requests import parse_request
 
@@ -49,7 +50,8 @@ def test_max_growth_of_a_new_request_bounds_its_live_tokens(
     fasa = {"prune": "generated", "prune_budget": prune_budget}
     params = SamplingParams(max_new_tokens=6000, custom_params={"fasa": fasa})
     req = Req("rid", "", array("q", [5] * prompt_len), params)
-    pruner = Pruner(config, 8, torch.device("cpu"), usage=None)
+    plan = LayerPlan.of_model([LayerKind.SELECTS] * 2, 1)
+    pruner = Pruner(config, plan, 8, torch.device("cpu"), usage=None)
     bound = max_growth(pruner, req)
     peak = peak_live_tokens(config, fasa, prompt_len)
     assert bound is not None and peak <= bound <= peak + config.prune_interval + 2

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from shapes import make_shape
 
 from fasa_sglang.backend.attention.label_cache import LabelCache
 from fasa_sglang.dominant_fcs import DominantFCs
@@ -14,6 +13,7 @@ from fasa_sglang.layer_plan import LayerKind, LayerPlan
 from fasa_sglang.ops import reference
 from fasa_sglang.ops.label_format import LABEL_FORMATS, LabelFormat
 from fasa_sglang.rope import Rotation
+from shapes import make_shape
 
 NUM_LAYERS, NUM_QO_HEADS, NUM_KV_HEADS, HEAD_DIM, NUM_FCS = 5, 4, 2, 16, 3
 
