@@ -38,11 +38,11 @@ ACCEPTED: dict[str, tuple[list[str], dict[str, Any]]] = {
     ),
     "model between": (
         ["--trust-remote-code", "M", "--revision=v2"],
-        {"model_path": "M", "trust_remote_code": True, "revision": "v2"},
+        {"model_path": "M", "revision": "v2"},
     ),
     "model as flag": (
-        ["--model-path", "M", "--dtype", "half"],
-        {"model_path": "M", "dtype": "half"},
+        ["--model-path", "M", "--load-format", "dummy"],
+        {"model_path": "M", "load_format": "dummy"},
     ),
     "model like a value": (
         ["--served-model-name", "M", "--tp", "2", "M"],
@@ -57,7 +57,7 @@ ACCEPTED: dict[str, tuple[list[str], dict[str, Any]]] = {
     ),
 }
 REFUSED: dict[str, tuple[list[str], str]] = {
-    "no model": (["--tp-size", "2"], "needs one model, got none; run fasa serve MODEL"),
+    "no model": (["--tp-size", "2"], "needs one model, got none; pass it as MODEL"),
     "two models": (["A", "--tp-size", "2", "B"], "needs one model, got A, B"),
     "two kinds of models": (["A", "--model-path", "B"], "needs one model, got A, B"),
     "typo": (["M", "--max-total-tokenz", "3"], "unrecognized arguments: --max-total-tokenz"),
