@@ -43,10 +43,15 @@ class CalibrationJob:
         }
         return {ENV: json.dumps(values)}
 
+    @staticmethod
+    def is_given() -> bool:
+        """Whether ``fasa calibrate`` gave this process a job."""
+        return ENV in os.environ
+
     @classmethod
     def from_environment(cls) -> CalibrationJob | None:
         """The job that ``fasa calibrate`` gave to this process; None in an ordinary server."""
-        if ENV not in os.environ:
+        if not cls.is_given():
             return None
         values = json.loads(os.environ[ENV])
         content = Path(values["text"]["file"]).read_bytes().decode()

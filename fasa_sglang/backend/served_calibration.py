@@ -26,7 +26,7 @@ def find_calibration(runner: Any, shape: ModelShape) -> DominantFCs | None:
     Raises:
         FasaError: The calibration cannot be read or belongs to another model.
     """
-    if CalibrationJob.from_environment() is not None:
+    if CalibrationJob.is_given():
         return None
     path = calibration_path(runner)
     automatic = fasa_config(runner.model_config).calibration == "auto"

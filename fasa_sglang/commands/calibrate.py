@@ -26,7 +26,7 @@ from fasa_sglang.calibration.rankers import RANKERS
 from fasa_sglang.calibration.settings import DEFAULT_TOKENS, DEFAULT_TOP_K, CalibrationSettings
 from fasa_sglang.calibration_cache import model_fingerprint
 from fasa_sglang.commands.device_flags import device_environment, device_flags
-from fasa_sglang.commands.server_flags import parse_server_flags
+from fasa_sglang.commands.server_flags import parse_server_flags, pass_flags_on
 from fasa_sglang.config import ENV, OVERRIDES_FLAG
 from fasa_sglang.dominant_fcs import DominantFCs
 from fasa_sglang.errors import CalibrationError, FasaError
@@ -40,9 +40,7 @@ _OUR_ERROR = re.compile(r"fasa_sglang\.errors\.\w+: (.+)")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own arguments; all others are SGLang's."""
     defaults = CalibrationSettings()
-    parser.usage = "fasa calibrate MODEL [options] [flags of sglang.launch_server]"
-    # An abbreviation could also be a flag of SGLang.
-    parser.allow_abbrev = False
+    pass_flags_on(parser, "fasa calibrate", "--tp-size, --dtype, --quantization")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--text", metavar="FILE", help="UTF-8 text to calibrate on")
     source.add_argument(
@@ -76,10 +74,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=defaults.seed, help="seed of that sample")
     parser.add_argument("--json", metavar="FILE", help="write the provenance as JSON")
-    parser.epilog = (
-        "MODEL is a Hugging Face folder or hub name, before or after the flags, or --model-path. "
-        "--tp-size, --dtype, --quantization and all other flags are those of sglang.launch_server."
-    )
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> None:

@@ -21,7 +21,7 @@ from rich.console import Console
 from fasa_sglang.commands.announcement import announce
 from fasa_sglang.commands.calibration_origin import calibration_origin
 from fasa_sglang.commands.device_flags import device_environment, device_flags
-from fasa_sglang.commands.server_flags import parse_server_flags
+from fasa_sglang.commands.server_flags import parse_server_flags, pass_flags_on
 from fasa_sglang.config import (
     CHOICES,
     ENV,
@@ -37,9 +37,7 @@ from fasa_sglang.names import BACKEND_NAME
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own arguments; all others are SGLang's."""
-    parser.usage = "fasa serve MODEL [options] [flags of sglang.launch_server]"
-    # An abbreviation could also be a flag of SGLang.
-    parser.allow_abbrev = False
+    pass_flags_on(parser, "fasa serve", "--port, --host, --tp-size")
     parser.add_argument(
         "--calibration",
         metavar="FILE",
@@ -52,10 +50,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--budget", type=int, help="tokens per (request, KV head) and step")
     parser.add_argument("--settings", metavar="JSON", help="FASA server settings, as JSON")
-    parser.epilog = (
-        "MODEL is a Hugging Face folder or hub name, before or after the flags, or --model-path. "
-        "--port, --host, --tp-size and all other flags are those of sglang.launch_server."
-    )
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> None:
@@ -80,10 +74,10 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
     command += [*device_flags(), *flags.argv, "--attention-backend", BACKEND_NAME]
     command += [OVERRIDES_FLAG, json.dumps({**flags.overrides, "fasa": settings})]
     server = subprocess.Popen(command, env=environment)
-    asked: list[int] = []
+    received: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
+        received.append(number)
         # A terminal sends Ctrl-C to both processes, and the server decides when to end.
         if number != signal.SIGINT:
             server.send_signal(number)
@@ -98,9 +92,9 @@ def run(args: argparse.Namespace, rest: list[str]) -> None:
     code = server.wait()
     if code in (0, -signal.SIGTERM, -signal.SIGINT):
         return
-    if asked:
+    if received:
         # A server that is stopped while it starts may fail in many ways, none of them a fault.
-        sys.exit(128 + asked[0])
+        sys.exit(128 + received[0])
     raise FasaError(f"the server ended with exit code {code}; its last lines say why")
 
 

@@ -74,6 +74,23 @@ class ServerFlags:
         return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.port}"
 
 
+def pass_flags_on(parser: argparse.ArgumentParser, command: str, examples: str) -> None:
+    """Set a parser up for a command that passes flags which are not its own on to SGLang.
+
+    Args:
+        parser: The command's parser.
+        command: The command, for the usage line.
+        examples: Some of SGLang's flags, for the help text.
+    """
+    parser.usage = f"{command} MODEL [options] [flags of sglang.launch_server]"
+    # An abbreviation could also be a flag of SGLang.
+    parser.allow_abbrev = False
+    parser.epilog = (
+        "MODEL is a Hugging Face folder or hub name, before or after the flags, or --model-path. "
+        f"{examples} and all other flags are those of sglang.launch_server."
+    )
+
+
 def parse_server_flags(argv: Sequence[str], environment: Mapping[str, str]) -> ServerFlags:
     """Check SGLang's flags and find the model among them, with SGLang's own parser.
 

@@ -89,17 +89,17 @@ def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(relevant))
 
 
-def _calibration(model: str, path: str | None, required: bool) -> str:
+def _calibration(model: str, path: str, required: bool) -> str:
     """What identifies a calibration.
 
     A cached calibration is identified by the model, which is a condition of its own, and by the
     file format, which fixes the defaults of ``fasa calibrate``. Any other is identified by a hash,
     or by its path if a running server has it on another machine.
     """
-    if path in (None, "auto") or Path(str(path)).name == cached_calibration(model).name:
+    if path == "auto" or Path(path).name == cached_calibration(model).name:
         return f"cached, format {FORMAT}"
     try:
-        return hashlib.sha256(Path(str(path)).read_bytes()).hexdigest()[:12]
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
     except OSError as error:
         if required:
             raise FasaError(f"cannot read the calibration {path} ({error.strerror})") from error

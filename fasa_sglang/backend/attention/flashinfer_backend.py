@@ -64,7 +64,7 @@ class FasaFlashInferAttnBackend(FasaBackend, FlashInferAttnBackend):
                 "use another attention backend"
             )
         # With sliding windows in some layers SGLang has two wrappers, the first one for windows.
-        self._full = len(self.decode_wrappers) - 1
+        self._full_wrapper = len(self.decode_wrappers) - 1
         self._graph_buffers: PlannerBuffers | None = None
         self._graph_decodes: dict[int, SparseDecode] = {}
         self._eager_buffers: PlannerBuffers | None = None
@@ -107,7 +107,7 @@ class FasaFlashInferAttnBackend(FasaBackend, FlashInferAttnBackend):
         decode = self._graph_decodes.get(batch_size)
         if decode is None:
             assert in_capture and self._graph_buffers is not None
-            slots = self.cuda_graph_kv_indices[self._full]
+            slots = self.cuda_graph_kv_indices[self._full_wrapper]
             decode = self._new_decode(batch_size, slots, self._graph_buffers)
             self._graph_decodes[batch_size] = decode
         self._start(decode, forward_batch, [] if in_capture else self.lanes)
@@ -124,7 +124,7 @@ class FasaFlashInferAttnBackend(FasaBackend, FlashInferAttnBackend):
         batch_size = forward_batch.batch_size
         decode = self._eager_decode(batch_size, int(forward_batch.seq_lens_cpu.max()))
         # SGLang allocates a new index tensor for every eager step; the planner needs a fixed one.
-        slots = self.decode_wrappers[self._full]._paged_kv_indices_buf
+        slots = self.decode_wrappers[self._full_wrapper]._paged_kv_indices_buf
         decode.slots[: len(slots)].copy_(slots)
         self._start(decode, forward_batch, self.lanes)
 
