@@ -16,6 +16,7 @@ from fasa_sglang.flashinfer_ext.buffers import PlannerBuffers
 from fasa_sglang.flashinfer_ext.lane import Lane
 from fasa_sglang.flashinfer_ext.lane_table import LaneTable
 from fasa_sglang.flashinfer_ext.shrinkable_decode import SelectedDecode, ShrinkableDecode
+from fasa_sglang.flashinfer_ext.sink_logits import apply_sink_logits
 from fasa_sglang.ops.layer_labels import LayerLabels
 from fasa_sglang.ops.selection_average import update_averages
 from fasa_sglang.ops.token_importance import token_importance
@@ -102,6 +103,7 @@ class SparseIndexPlanner:
         *,
         sm_scale: float,
         selection_counts: torch.Tensor | None = None,
+        sink_logits: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """One layer's decode attention: ``select()``, then ``attend()``.
 
@@ -111,6 +113,8 @@ class SparseIndexPlanner:
             labels: The layer's labels.
             sm_scale: Multiplies ``q @ k``.
             selection_counts: See ``select()``.
+            sink_logits: Attention sinks, ``[num_qo_heads]``: one more logit per query head in the
+                softmax, without a value. They do not change what is selected.
 
         Returns:
             Shape and dtype of ``q``.
@@ -118,7 +122,7 @@ class SparseIndexPlanner:
         Reference: :func:`fasa_sglang.ops.reference.fasa_decode`.
         """
         self.select(q, labels, sm_scale=sm_scale, selection_counts=selection_counts)
-        return self.attend(q, kv_cache, sm_scale=sm_scale)
+        return self.attend(q, kv_cache, sm_scale=sm_scale, sink_logits=sink_logits)
 
     def select(
         self,
@@ -154,28 +158,46 @@ class SparseIndexPlanner:
         )
 
     def attend(
-        self, q: torch.Tensor, kv_cache: tuple[torch.Tensor, torch.Tensor], *, sm_scale: float
+        self,
+        q: torch.Tensor,
+        kv_cache: tuple[torch.Tensor, torch.Tensor],
+        *,
+        sm_scale: float,
+        sink_logits: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend to the tokens in ``indices`` and to dense lanes and prefixes; see ``run()``."""
         out = torch.empty_like(q)
-        if not self.mixed:
+        if not self.mixed and sink_logits is None:
             self._selected.run(q, *kv_cache, out, sm_scale)
             return out
         lse, prefix_lse = (part[: len(q)] for part in self._buffers.lse)
-        prefix_out = self._buffers.out[: len(q)]
         self._selected.run(q, *kv_cache, out, sm_scale, lse)
-        self._prefix.run(q, *kv_cache, prefix_out, sm_scale, prefix_lse)
-        # The two passes read disjoint tokens. FlashInfer gives a pass over no token a log-sum-exp
-        # so low that its weight is 0.
-        flashinfer.merge_state_in_place(out, lse, prefix_out, prefix_lse)
+        if self.mixed:
+            prefix_out = self._buffers.out[: len(q)]
+            self._prefix.run(q, *kv_cache, prefix_out, sm_scale, prefix_lse)
+            # The two passes read disjoint tokens. FlashInfer gives a pass over no token a
+            # log-sum-exp so low that its weight is 0.
+            flashinfer.merge_state_in_place(out, lse, prefix_out, prefix_lse)
+        if sink_logits is not None:
+            apply_sink_logits(out, lse, sink_logits)
         return out
 
     def run_dense(
-        self, q: torch.Tensor, kv_cache: tuple[torch.Tensor, torch.Tensor], *, sm_scale: float
+        self,
+        q: torch.Tensor,
+        kv_cache: tuple[torch.Tensor, torch.Tensor],
+        *,
+        sm_scale: float,
+        sink_logits: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """A layer of a mixed step that attends to every live token; see ``run()``."""
         out = torch.empty_like(q)
-        self._live.run(q, *kv_cache, out, sm_scale)
+        if sink_logits is None:
+            self._live.run(q, *kv_cache, out, sm_scale)
+            return out
+        lse = self._buffers.lse[0, : len(q)]
+        self._live.run(q, *kv_cache, out, sm_scale, lse)
+        apply_sink_logits(out, lse, sink_logits)
         return out
 
     def update_averages(

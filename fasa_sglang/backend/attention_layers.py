@@ -12,6 +12,9 @@ from fasa_sglang.errors import UnsupportedModelError
 from fasa_sglang.rope import Rotation
 from fasa_sglang.rotary_modules import rotary_module, rotation_of
 
+# Parameters of SGLang's attention modules that are attention sinks.
+SINK_LOGITS = ("sinks", "attention_sink_bias")
+
 
 @dataclass(frozen=True)
 class AttentionLayer:
@@ -21,11 +24,13 @@ class AttentionLayer:
         layer: Its number in the whole model.
         attends_to_all: Whether it reads every token; False for a sliding window or a chunk.
         rotation: How it rotates its heads; None if it does not, or does not attend to everything.
+        has_sink_logits: Whether it has attention sinks, learned logits without a value.
     """
 
     layer: int
     attends_to_all: bool
     rotation: Rotation | None
+    has_sink_logits: bool = False
 
 
 def attention_layers(model: Module) -> list[AttentionLayer]:
@@ -45,23 +50,24 @@ def attention_layers(model: Module) -> list[AttentionLayer]:
         if not isinstance(attention, RadixAttention):
             continue
         _require_causal(attention)
+        parts = name.split(".")
+        ancestors = [modules[".".join(parts[:depth])] for depth in range(len(parts))]
+        has_sinks = any(getattr(ancestors[-1], name, None) is not None for name in SINK_LOGITS)
         if attention.sliding_window_size > -1 or attention.use_irope:
-            layers.append(AttentionLayer(attention.layer_id, False, None))
+            layers.append(AttentionLayer(attention.layer_id, False, None, has_sinks))
             continue
         if attention.logit_cap:
             raise UnsupportedModelError(
                 f"FASA ranks tokens by plain logits, but layer {attention.layer_id} caps them at "
                 f"{attention.logit_cap}; serve this model with another attention backend"
             )
-        parts = name.split(".")
-        ancestors = [modules[".".join(parts[:depth])] for depth in range(len(parts))]
         rotary, rotation = rotary_module(ancestors), None
         if rotary is not None:
             key = (id(rotary), attention.qk_head_dim)
             if key not in measured:
                 measured[key] = rotation_of(rotary, attention.qk_head_dim)
             rotation = measured[key] if measured[key].pairs else None
-        layers.append(AttentionLayer(attention.layer_id, True, rotation))
+        layers.append(AttentionLayer(attention.layer_id, True, rotation, has_sinks))
     return sorted(layers, key=lambda layer: layer.layer)
 
 

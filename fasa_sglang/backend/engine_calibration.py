@@ -113,8 +113,11 @@ class EngineCalibration:
                 create_cache_folder(self._out.parent)
                 remove_stale_parts(self._out.parent)
             require_writable(self._out)
-        # The page of the last token is needed whole, and SGLang keeps one slot for padding.
-        room = runner.max_total_num_tokens - runner.token_to_kv_pool_allocator.page_size - 1
+        # The page of the last token is needed whole, and SGLang keeps one slot for padding. A pool
+        # of sliding windows may be smaller than that of the other layers.
+        allocator = runner.token_to_kv_pool_allocator
+        room = min(runner.max_total_num_tokens, allocator.available_size())
+        room -= allocator.page_size + 1
         context = min(runner.model_config.context_len, room)
         self._settings = self._job.settings.for_context(context)
         chunk = args.chunked_prefill_size

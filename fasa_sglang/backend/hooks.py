@@ -19,11 +19,17 @@ from fasa_sglang.backend import (
     reports,
     served,
     served_model,
+    sink_models,
     sizing,
     step,
 )
 from fasa_sglang.backend.attention import base, graphs
-from fasa_sglang.backend.host import CHECKS_BODIES, EXACT_LEN_METHOD
+from fasa_sglang.backend.host import (
+    CHECKS_BODIES,
+    CHECKS_MODELS,
+    EXACT_LEN_METHOD,
+    SWA_CAP_CONFIGURATOR,
+)
 from fasa_sglang.hook import Hook
 from fasa_sglang.names import BACKEND_NAME
 
@@ -39,7 +45,9 @@ def refuse_triton(original: Callable[[str], bool], backend: str) -> bool:
 _RESULTS = "sglang.srt.managers.scheduler_components.batch_result_processor"
 _BATCH = "sglang.srt.managers.schedule_batch.ScheduleBatch"
 _ADDER = "sglang.srt.managers.schedule_policy.PrefillAdder"
-_POOL = "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator"
+_CONFIGURATORS = "sglang.srt.model_executor.pool_configurator"
+_POOL = f"{_CONFIGURATORS}.DefaultPoolConfigurator"
+_WINDOW_POOLS = f"{_CONFIGURATORS}.HybridSWAPoolConfigurator"
 _RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner"
 _SETUP = "sglang.srt.model_executor.model_runner_components.cuda_graph_setup"
 _GRAPHS = "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner"
@@ -241,6 +249,24 @@ HOOKS: tuple[Hook, ...] = (
         _BEFORE,
         "receives the bytes that the pool may use",
     ),
+    Hook(
+        f"{_WINDOW_POOLS}.__init__",
+        sizing.reserve_label_bytes_beside_windows,
+        _AFTER,
+        "computes the bytes per token by which SGLang sizes two pools",
+    ),
+    Hook(
+        f"{_WINDOW_POOLS}.calculate_pool_sizes",
+        sizing.reserve_scratch,
+        _BEFORE,
+        "as for the pool of a model without sliding windows",
+    ),
+    Hook(
+        f"{_CONFIGURATORS}.{SWA_CAP_CONFIGURATOR}.calculate_pool_sizes",
+        sizing.reserve_scratch,
+        _BEFORE,
+        "replaces the method of its base class",
+    ),
     # CUDA graphs.
     Hook(
         f"{_SETUP}.capture_prefill_graph",
@@ -268,6 +294,12 @@ HOOKS: tuple[Hook, ...] = (
         "returns how much of an ending request the tree may keep",
     ),
     Hook(
+        "sglang.srt.mem_cache.common.release_kv_cache",
+        exact_prefix.keep_recurrent_state_exact,
+        _BEFORE,
+        "every ending request passes here before the tree takes its recurrent state",
+    ),
+    Hook(
         "sglang.srt.mem_cache.common._release_overallocated_kv_indices",
         exact_prefix.free_inexact_tail,
         _AROUND,
@@ -281,6 +313,15 @@ HOOKS: tuple[Hook, ...] = (
         "decides by the backend's name whether SGLang launches its Triton helpers",
     ),
 )
+if CHECKS_MODELS:
+    HOOKS += (
+        Hook(
+            "sglang.srt.arg_groups.model_hook.handle_model_specific_adjustments",
+            sink_models.accept_backend_with_sinks,
+            _AROUND,
+            "refuses attention backends for gpt-oss by a list of names",
+        ),
+    )
 if CHECKS_BODIES:
     HOOKS += (
         Hook(

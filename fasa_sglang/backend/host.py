@@ -4,19 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.util import find_spec
+from inspect import signature
 from typing import Any
 
 import torch
 from sglang.srt.arg_groups.overrides import attention_backends_of, resolved_view
 from sglang.srt.environ import envs
 from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.mem_cache.common import release_kv_cache
+from sglang.srt.model_executor import pool_configurator
 from sglang.srt.runtime_context import get_exec, get_parallel
 
 SUPPORTED_VERSIONS = "SGLang 0.5.17 to 0.5.23"
 # SGLang 0.5.23 validates the body of /generate against its own schema.
 CHECKS_BODIES = find_spec("sglang.srt.entrypoints.api_contract") is not None
+# SGLang 0.5.23 checks backends against the model in a module that one function can be patched in.
+CHECKS_MODELS = find_spec("sglang.srt.arg_groups.model_hook") is not None
 # The method that returns how much of a finishing request the radix tree may keep.
 EXACT_LEN_METHOD = "owned_kv_len" if hasattr(Req, "owned_kv_len") else "effective_kv_committed_len"
+
+# The argument of release_kv_cache that says whether the radix tree may take an ending request.
+TREE_INSERT_ARGUMENT = (
+    "checkpoint" if "checkpoint" in signature(release_kv_cache).parameters else "is_insert"
+)
+
+# Sizes the pool of sliding windows by the number of requests instead of a ratio.
+SWA_CAP_CONFIGURATOR = (
+    "SWARequestCapPoolConfigurator"
+    if hasattr(pool_configurator, "SWARequestCapPoolConfigurator")
+    else "SWAChunkCapPoolConfigurator"
+)
 
 
 def resolved_args(server_args: Any) -> Any:
@@ -72,6 +89,15 @@ def full_attention_backend(runner: Any) -> Any:
     """
     backend = getattr(runner, "attn_backend", None)
     return getattr(backend, "full_attn_backend", backend)
+
+
+def full_attention_pool(pool: Any) -> Any:
+    """The part of a KV pool that belongs to the layers which attend to every token.
+
+    Its slots are those of ``req_to_token``. SGLang keeps sliding windows in a pool of their own,
+    and recurrent states elsewhere.
+    """
+    return getattr(pool, "full_kv_pool", pool)
 
 
 def decode_graph_settings() -> Any:

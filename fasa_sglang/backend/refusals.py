@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.version import __version__ as sglang_version
 
 from fasa_sglang.backend.host import (
@@ -15,9 +16,11 @@ from fasa_sglang.backend.host import (
     attention_backends,
     decode_graph_settings,
     environment_value,
+    full_attention_pool,
     resolved_args,
 )
 from fasa_sglang.backend.served import fasa_config, serves_on_flashinfer
+from fasa_sglang.backend.served_model import served_model
 from fasa_sglang.errors import UnsupportedHostError
 from fasa_sglang.names import BACKEND_NAME
 from fasa_sglang.ops.label_format import LABEL_FORMATS
@@ -91,11 +94,12 @@ def require_supported_host(runner: Any) -> None:
             f"{prefill!r} for prefill and {decode!r} for decode; start with --attention-backend "
             "fasa alone"
         )
-    pool = runner.token_to_kv_pool
+    pool = full_attention_pool(runner.token_to_kv_pool)
     if type(pool) is not MHATokenToKVPool:
         raise UnsupportedHostError(
-            f"FASA needs SGLang's MHATokenToKVPool, got {type(pool).__name__} (MLA, sliding "
-            "windows, hybrid models and fp4 keys have others); use another attention backend"
+            f"FASA needs SGLang's MHATokenToKVPool for the layers that attend to every token, got "
+            f"{type(pool).__name__} (MLA, fp4 keys and unified memory have others); use another "
+            "attention backend"
         )
     if pool.page_size != 1:
         raise UnsupportedHostError(
@@ -115,6 +119,8 @@ def require_supported_host(runner: Any) -> None:
         )
     if serves_on_flashinfer(runner):
         _require_supported_gpu(runner, keys)
+    else:
+        _require_served_on_cpu(runner)
 
 
 def require_flags(server_args: Any) -> None:
@@ -185,6 +191,20 @@ def _require_supported_gpu(runner: Any, keys: torch.Tensor) -> None:
             "--cuda-graph-backend-decode full or disabled"
         )
     require_capability(config.label_dtype, torch.cuda.get_device_capability(keys.device))
+
+
+def _require_served_on_cpu(runner: Any) -> None:
+    """Refuse what SGLang's own attention in plain torch computes wrongly or not at all."""
+    if isinstance(runner.token_to_kv_pool, SWAKVPool):
+        raise UnsupportedHostError(
+            "SGLang's attention for CPUs does not read the separate KV pool of sliding windows; "
+            "start with --disable-hybrid-swa-memory"
+        )
+    if served_model(runner.model_config).has_sink_logits:
+        raise UnsupportedHostError(
+            "SGLang's attention for CPUs has no attention sinks, which this model needs; serve it "
+            "on a GPU"
+        )
 
 
 def require_capability(label_dtype: str, capability: tuple[int, int]) -> None:

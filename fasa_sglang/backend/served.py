@@ -9,7 +9,7 @@ from typing import Any
 
 from sglang.srt.runtime_context import get_serving
 
-from fasa_sglang.backend.host import attention_backends
+from fasa_sglang.backend.host import attention_backends, full_attention_pool
 from fasa_sglang.config import ENV, FasaConfig
 from fasa_sglang.errors import RequestError
 from fasa_sglang.names import BACKEND_NAME
@@ -23,7 +23,7 @@ def uses_fasa(server_args: Any) -> bool:
 
 def serves_on_flashinfer(runner: Any) -> bool:
     """Whether the FlashInfer backend serves this runner, and not the torch backend for CPUs."""
-    return runner.token_to_kv_pool.k_buffer[0].is_cuda
+    return full_attention_pool(runner.token_to_kv_pool).k_buffer[0].is_cuda
 
 
 def fasa_config(model_config: Any) -> FasaConfig:

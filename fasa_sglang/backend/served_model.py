@@ -29,12 +29,14 @@ class ServedModel:
         plan: What the layers of this pipeline stage do.
         num_fcs: Frequency chunks that a label holds.
         calibration: The calibration; None if the engine has yet to make it.
+        has_sink_logits: Whether layers have attention sinks, learned logits without a value.
     """
 
     shape: ModelShape
     plan: LayerPlan
     num_fcs: int
     calibration: DominantFCs | None
+    has_sink_logits: bool
 
 
 def survey_model(runner: Any, *args: Any, **kwargs: Any) -> None:
@@ -87,7 +89,13 @@ def _survey(runner: Any) -> ServedModel:
     num_fcs = config.num_fcs or (calibration.num_fcs if calibration else shape.default_num_fcs)
     shape.check_num_fcs(num_fcs)
     plan = LayerPlan.of_model(kinds, config.num_dense_layers).only(shape.layers)
-    return ServedModel(shape, plan.stage(stage.start_layer, stage.end_layer), num_fcs, calibration)
+    return ServedModel(
+        shape=shape,
+        plan=plan.stage(stage.start_layer, stage.end_layer),
+        num_fcs=num_fcs,
+        calibration=calibration,
+        has_sink_logits=any(layer.has_sink_logits for layer in found.values()),
+    )
 
 
 def common_rotation(architecture: str, layers: Sequence[AttentionLayer]) -> Rotation:

@@ -19,13 +19,32 @@ def reserve_label_bytes(
     cell_size = original(configurator, kvc, num_layers)
     if not uses_fasa(kvc.server_args):
         return cell_size
+    return cell_size + _reserved_label_bytes(configurator, kvc)
+
+
+def reserve_label_bytes_beside_windows(
+    result: None, configurator: Any, kvc: Any, *args: Any, **kwargs: Any
+) -> None:
+    """As ``reserve_label_bytes``, where sliding windows have a KV pool of their own.
+
+    SGLang divides the memory between two pools. Labels belong to the one of the other layers, by
+    whose tokens it counts.
+    """
+    num_layers = configurator._full_layers_num
+    if not uses_fasa(kvc.server_args) or not num_layers:
+        return
+    per_layer = -(-_reserved_label_bytes(configurator, kvc) // num_layers)
+    configurator._full_per_token += per_layer
+    configurator._cell_size += per_layer * num_layers
+
+
+def _reserved_label_bytes(configurator: Any, kvc: Any) -> int:
+    """Label bytes per token; also tells ``reserve_scratch`` how much to subtract."""
     model, config = served_model(kvc.model_config), fasa_config(kvc.model_config)
     _, num_kv_heads = heads_of_rank(kvc.model_config)
     configurator.fasa_scratch_bytes = graph_scratch_bytes(kvc.model_config, config)
     label_format = LABEL_FORMATS[config.label_dtype]
-    return cell_size + label_format.bytes_per_token(
-        len(model.plan.selecting), num_kv_heads, model.num_fcs
-    )
+    return label_format.bytes_per_token(len(model.plan.selecting), num_kv_heads, model.num_fcs)
 
 
 def reserve_scratch(

@@ -11,7 +11,11 @@ from sglang.srt.runtime_context import get_parallel
 from fasa_sglang.backend.attention.label_cache import LabelCache
 from fasa_sglang.backend.attention.query_samples import QuerySamples
 from fasa_sglang.backend.attention.variant import Variant
-from fasa_sglang.backend.host import full_attention_backend, heads_of_rank
+from fasa_sglang.backend.host import (
+    full_attention_backend,
+    full_attention_pool,
+    heads_of_rank,
+)
 from fasa_sglang.backend.metrics import Usage, counts_requests
 from fasa_sglang.backend.pruner import Pruner
 from fasa_sglang.backend.served_model import served_model
@@ -59,10 +63,10 @@ class FasaBackend:
         self.sampling: QuerySamples | None = None
         model = served_model(runner.model_config)
         self.plan = model.plan
-        pool = runner.token_to_kv_pool
+        pool = full_attention_pool(runner.token_to_kv_pool)
         num_qo_heads, num_kv_heads = heads_of_rank(runner.model_config)
         self.label_cache = LabelCache(
-            {layer: pool.get_key_buffer(layer) for layer in self.plan.selecting},
+            {layer: runner.token_to_kv_pool.get_key_buffer(layer) for layer in self.plan.selecting},
             pool.size + pool.page_size,
             num_kv_heads,
             num_qo_heads,

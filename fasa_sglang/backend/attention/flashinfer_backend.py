@@ -19,13 +19,15 @@ from sglang.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend
 from fasa_sglang.backend.attention.base import FasaBackend
 from fasa_sglang.backend.attention.sparse_decode import SparseDecode
 from fasa_sglang.backend.attention.variant import Variant
-from fasa_sglang.backend.host import SUPPORTED_VERSIONS
+from fasa_sglang.backend.host import SUPPORTED_VERSIONS, full_attention_pool
+from fasa_sglang.backend.served_model import served_model
 from fasa_sglang.backend.step import LaneStep
 from fasa_sglang.config import FasaConfig
 from fasa_sglang.errors import UnsupportedHostError
 from fasa_sglang.flashinfer_ext.buffers import PlannerBuffers
 from fasa_sglang.flashinfer_ext.planner import SparseIndexPlanner
 from fasa_sglang.flashinfer_ext.self_test import decode_problem
+from fasa_sglang.flashinfer_ext.sink_logits import SinkWrapper
 from fasa_sglang.layer_plan import LayerKind
 
 logger = logging.getLogger(__name__)
@@ -50,8 +52,12 @@ class FasaFlashInferAttnBackend(FasaBackend, FlashInferAttnBackend):
         self.start_fasa(runner, config)
         self.dtype = runner.dtype
         self.num_qo_heads = self.indices_updater_decode.num_qo_heads
-        self.num_kv_heads, self.head_dim = self.token_to_kv_pool.k_buffer[0].shape[1:]
-        self.max_kv_len = min(self.max_context_len, self.token_to_kv_pool.size)
+        pool = full_attention_pool(self.token_to_kv_pool)
+        self.num_kv_heads, self.head_dim = pool.k_buffer[0].shape[1:]
+        self.max_kv_len = min(self.max_context_len, pool.size)
+        if served_model(runner.model_config).has_sink_logits:
+            # Of SGLang's two ways to prefill, only the paged one has a log-sum-exp for all tokens.
+            self.use_paged = True
         problem = decode_problem(
             self.num_qo_heads // self.num_kv_heads,
             self.head_dim,
@@ -147,6 +153,35 @@ class FasaFlashInferAttnBackend(FasaBackend, FlashInferAttnBackend):
             )
         return self._eager_decodes[batch_size]
 
+    def forward_extend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+        *,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """``FasaBackend.forward_extend``, also for layers with attention sinks.
+
+        Args:
+            sinks: The layer's attention sinks, ``[num_qo_heads]``.
+
+        The other arguments and the result are those of SGLang's
+        ``AttentionBackend.forward_extend``.
+        """
+        dense = self.forward_metadata
+        if sinks is not None:
+            assert not dense.use_ragged
+            wrappers = [SinkWrapper(wrapper, sinks) for wrapper in dense.prefill_wrappers]
+            self.forward_metadata = dataclasses.replace(dense, prefill_wrappers=wrappers)
+        try:
+            return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
+        finally:
+            self.forward_metadata = dense
+
     def forward_decode(
         self,
         q: torch.Tensor,
@@ -155,18 +190,28 @@ class FasaFlashInferAttnBackend(FasaBackend, FlashInferAttnBackend):
         layer: Any,
         forward_batch: Any,
         save_kv_cache: bool = True,
+        *,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """SGLang's decode, with ``SparseDecode`` as its wrapper where this step needs it.
 
-        Arguments and result are those of SGLang's ``AttentionBackend.forward_decode``.
+        Args:
+            sinks: The layer's attention sinks, ``[num_qo_heads]``.
+
+        The other arguments and the result are those of SGLang's
+        ``AttentionBackend.forward_decode``.
         """
         dense = self.forward_metadata
         kind = self.plan.kinds[layer.layer_id]
+        wrappers: list[Any] = dense.decode_wrappers
         if (kind is LayerKind.SELECTS and self.variant is not Variant.DENSE) or (
             kind is LayerKind.DENSE and self.variant is Variant.MIXED
         ):
-            self._decode.layer = layer.layer_id
-            wrappers = [self._decode] * len(dense.decode_wrappers)
+            self._decode.layer, self._decode.sink_logits = layer.layer_id, sinks
+            wrappers = [self._decode] * len(wrappers)
+        elif sinks is not None:
+            wrappers = [SinkWrapper(wrapper, sinks) for wrapper in wrappers]
+        if wrappers is not dense.decode_wrappers:
             self.forward_metadata = dataclasses.replace(dense, decode_wrappers=wrappers)
         try:
             out = super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)

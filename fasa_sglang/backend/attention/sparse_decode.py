@@ -34,6 +34,8 @@ class SparseDecode:
     Attributes:
         layer: Layer of the model that ``forward`` is called for; the backend sets it before each
             call.
+        sink_logits: The layer's attention sinks, ``[num_qo_heads]``; None if it has none. Set like
+            ``layer``.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class SparseDecode:
         self._num_selecting, self._combine = num_selecting, combine
         self._compared: list[ComparedLanes] = []
         self.layer = 0
+        self.sink_logits: torch.Tensor | None = None
 
     def start(self, lanes: list[LaneStep], kv_lens: list[int], mixed: bool) -> None:
         """Plan the coming step.
@@ -94,7 +97,9 @@ class SparseDecode:
         stage = "dense attention"
         try:
             if not self._plan.selects(self.layer):
-                return self.planner.run_dense(q, kv_cache, sm_scale=sm_scale)
+                return self.planner.run_dense(
+                    q, kv_cache, sm_scale=sm_scale, sink_logits=self.sink_logits
+                )
             stage = "token selection"
             self.planner.select(
                 q,
@@ -113,7 +118,7 @@ class SparseDecode:
                     combine=self._combine,
                 )
             stage = "focused attention"
-            return self.planner.attend(q, kv_cache, sm_scale=sm_scale)
+            return self.planner.attend(q, kv_cache, sm_scale=sm_scale, sink_logits=self.sink_logits)
         except Exception as error:
             error.add_note(
                 f"FASA: {stage} in layer {self.layer}, queries {tuple(q.shape)} of {q.dtype}, "

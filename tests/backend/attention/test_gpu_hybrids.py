@@ -1,0 +1,151 @@
+"""Models in which only some layers select: sliding windows, attention sinks, linear attention."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fasa_sglang.workloads.serving.engine import flush_cache, running_engine
+from hybrid_models import HYBRID_MODELS, VOCAB_SIZE, write_model
+from serving import Agreement, generate
+
+pytestmark = pytest.mark.gpu
+
+LENGTHS = [5, 40, 300, 1000, 2500, 4000, 1, 900]
+NEW_TOKENS = 40
+COMMON = {
+    "skip_tokenizer_init": True,
+    "mem_fraction_static": 0.3,
+    "cuda_graph_bs_decode": [1, 2, 4, 8],
+    "max_running_requests": 8,
+    # FlashInfer's kernels for linear attention take minutes to compile.
+    "linear_attn_prefill_backend": "triton",
+}
+# SGLang's own backend that serves the model; FlashInfer's has no attention sinks.
+BASELINE = {"gpt-oss": "triton"}
+COVERED = {"budget": 8192}
+FULL_PREFIX = {**COVERED, "prefix": "full"}
+BATCHES: dict[str, list[Any]] = {
+    "dense": [None] * 8,
+    "covered": [COVERED] * 8,
+    "mixed": [None, COVERED, FULL_PREFIX, False] * 2,
+}
+MIN_AGREEMENT = 1 / 3
+
+
+def random_tokens(draw: random.Random, count: int) -> list[int]:
+    return [draw.randrange(3, VOCAB_SIZE) for _ in range(count)]
+
+
+def prompts() -> list[list[int]]:
+    draw = random.Random(0)
+    return [random_tokens(draw, length) for length in LENGTHS]
+
+
+@pytest.fixture(scope="module", params=HYBRID_MODELS)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hybrid") / request.param
+    write_model(request.param, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dense(model: Path) -> list[dict[str, Any]]:
+    baseline = BASELINE.get(model.name)
+    with running_engine(model, None, baseline=baseline, **COMMON) as engine:
+        return generate(
+            engine, prompts(), [None] * 8, NEW_TOKENS, return_logprob=True, ignore_eos=True
+        )
+
+
+@pytest.fixture(scope="module")
+def engine(dense: list[dict[str, Any]], model: Path) -> Iterator[Any]:
+    """Calibrates at start. Started after ``dense`` has ended: one engine runs at a time."""
+    settings = {"min_seq_len": 0, "max_budget": 8192, "num_dense_layers": 1}
+    with running_engine(model, settings, **COMMON) as running:
+        yield running
+
+
+def test_covering_budgets_equal_sglang_and_small_ones_do_not(
+    engine: Any, dense: list[dict[str, Any]]
+) -> None:
+    agreement = Agreement()
+    for kind in [*BATCHES, *reversed(BATCHES)]:
+        batch = BATCHES[kind]
+        replies = generate(engine, prompts(), batch, NEW_TOKENS, ignore_eos=True)
+        for fasa, expected, reply in zip(batch, dense, replies, strict=True):
+            steps = NEW_TOKENS - 1 if fasa else 0
+            assert reply["meta_info"]["fasa"]["sparse_steps"] == steps
+            agreement.compare(expected, reply, f"{kind}, fasa={fasa}")
+    few = Agreement()
+    replies = generate(engine, prompts(), [{"budget": 64}] * 8, NEW_TOKENS, ignore_eos=True)
+    for length, expected, reply in zip(LENGTHS, dense, replies, strict=True):
+        ratio = reply["meta_info"]["fasa"]["kv_read_ratio"]
+        # One of three full layers stays dense.
+        assert (ratio < 0.6) == (length > 200), (length, ratio)
+        if length > 200:
+            few.compare(expected, reply)
+    print(f"small budgets: {few.share:.1%} of steps agree with dense")
+    agreement.require(MIN_AGREEMENT)
+    assert few.share < agreement.share / 2
+
+
+def test_pruning_is_refused(engine: Any) -> None:
+    [reply] = generate(engine, prompts()[:1], [{"prune": "generated"}], 8)
+    reason = reply["meta_info"]["finish_reason"]
+    assert reason["type"] == "abort" and "fasa.prune" in reason["message"]
+
+
+def test_follow_ups_equal_cold_runs(engine: Any, draw: Callable[[Any, Any], Any]) -> None:
+    """Conversations with sparse turns, five at a time over one prefix cache.
+
+    A follow-up must not continue from keys or from a recurrent state that sparse steps made. Only
+    turns that attend to all tokens are compared: at the edge of a budget, ties have no order.
+    """
+    generator = random.Random(1)
+    starts = [random_tokens(generator, length) for length in (200, 700, 1500)]
+    requests = [None, COVERED, {"budget": 64}, {"budget": 64}]
+    sent: list[tuple[list[int], Any, dict[str, Any]]] = []
+    for _ in range(draw(3, 10)):
+        histories = [generator.choice(starts) for _ in range(5)]
+        for _ in range(4):
+            histories = [
+                history + random_tokens(generator, generator.randint(5, 300))
+                for history in histories
+            ]
+            turn = [generator.choice(requests) for _ in histories]
+            replies = generate(engine, histories, turn, 12, ignore_eos=True)
+            sent += zip(histories, turn, replies, strict=True)
+            histories = [
+                history + reply["output_ids"]
+                for history, reply in zip(histories, replies, strict=True)
+            ]
+    cached = sum(reply["meta_info"]["cached_tokens"] for _, _, reply in sent)
+    assert cached > 100 * len(sent)
+    agreement = Agreement()
+    for prompt, fasa, reply in sent:
+        if fasa == {"budget": 64}:
+            continue
+        flush_cache(engine)
+        [cold] = generate(engine, [prompt], [fasa], 12, return_logprob=True, ignore_eos=True)
+        assert cold["meta_info"]["cached_tokens"] == 0
+        agreement.compare(cold, reply, f"{len(prompt)} tokens, fasa={fasa}")
+    agreement.require(MIN_AGREEMENT)
+
+
+def test_tree_holds_nothing_of_sparse_steps(engine: Any) -> None:
+    prompt = prompts()[4]
+    cached = {}
+    for name, fasa in {"dense": None, "sparse": {"budget": 64}}.items():
+        flush_cache(engine)
+        [first] = generate(engine, [prompt], [fasa], 600, ignore_eos=True)
+        follow_up = prompt + first["output_ids"] + [7]
+        [second] = generate(engine, [follow_up], [None], 2, ignore_eos=True)
+        cached[name] = second["meta_info"]["cached_tokens"]
+    print(f"tokens from the prefix cache: {cached}")
+    assert cached["dense"] > len(prompt)
+    assert len(prompt) - 512 < cached["sparse"] <= len(prompt)

@@ -1,0 +1,112 @@
+"""Small random models in which only some layers attend to every token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+VOCAB_SIZE = 8192
+WINDOW = 64
+COMMON = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 16384,
+    "initializer_range": 0.1,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def gemma3() -> Any:
+    """Sliding windows in every other layer, and another RoPE there; one KV pool."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    layer_types = ["sliding_attention", "full_attention"] * 3
+    config = Gemma3TextConfig(
+        **COMMON,
+        num_hidden_layers=len(layer_types),
+        head_dim=64,
+        query_pre_attn_scalar=64,
+        sliding_window=WINDOW,
+        layer_types=layer_types,
+    )
+    return Gemma3ForCausalLM(config)
+
+
+def gpt_oss() -> Any:
+    """Sliding windows in every other layer with a KV pool of their own, and attention sinks."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    layer_types = ["sliding_attention", "full_attention"] * 3
+    config = GptOssConfig(
+        **COMMON,
+        num_hidden_layers=len(layer_types),
+        head_dim=64,
+        sliding_window=WINDOW,
+        layer_types=layer_types,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    )
+    model = GptOssForCausalLM(config)
+    for layer in model.model.layers:
+        # As large as logits, so that leaving them out changes replies.
+        layer.self_attn.sinks.data.normal_(3.0, 1.0)
+    return model
+
+
+def qwen3_next() -> Any:
+    """Linear attention in every other layer, gated attention in the others, a quarter rotated."""
+    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+
+    config = Qwen3NextConfig(
+        **COMMON,
+        num_hidden_layers=6,
+        head_dim=128,
+        full_attention_interval=2,
+        layer_types=["linear_attention", "full_attention"] * 3,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=128,
+        linear_value_head_dim=128,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=128,
+        shared_expert_intermediate_size=128,
+    )
+    return Qwen3NextForCausalLM(config)
+
+
+HYBRID_MODELS: dict[str, Callable[[], Any]] = {
+    "gemma3": gemma3,
+    "gpt-oss": gpt_oss,
+    "qwen3-next": qwen3_next,
+}
+
+
+def write_model(name: str, folder: Path) -> None:
+    """Write one of ``HYBRID_MODELS`` and a tokenizer with a token per byte."""
+    torch.manual_seed(0)
+    HYBRID_MODELS[name]().to(torch.bfloat16).save_pretrained(folder)
+    write_byte_tokenizer(folder)
+
+
+def write_byte_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {letter: i for i, letter in enumerate(["<pad>", "<s>", "</s>", *letters])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    ).save_pretrained(folder)
