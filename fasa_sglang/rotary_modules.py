@@ -55,9 +55,18 @@ def rotation_of(module: torch.nn.Module, head_dim: int) -> Rotation:
 def _rotate_by_tables(
     module: torch.nn.Module, positions: torch.Tensor, x: torch.Tensor
 ) -> torch.Tensor:
-    """Rotate with cosines and sines of all dims that rotate, whose halves are the pairs."""
+    """Rotate with tables of cosines and sines, whose halves are the pairs."""
     with torch.inference_mode():
         cos, sin = (table.reshape(len(x), -1) for table in module(x[None], positions[None]))
+        if _has_column_per_pair(module, x):
+            cos, sin = cos.repeat(1, 2), sin.repeat(1, 2)
     rotated, rest = x.split((cos.shape[-1], x.shape[-1] - cos.shape[-1]), dim=-1)
     first, second = rotated.chunk(2, dim=-1)
     return torch.cat((rotated * cos + torch.cat((-second, first), dim=-1) * sin, rest), dim=-1)
+
+
+def _has_column_per_pair(module: torch.nn.Module, x: torch.Tensor) -> bool:
+    """Whether the tables have one column per pair, as those of gpt-oss, instead of one per dim."""
+    _, sin = module(x[None, :1], torch.ones(1, 1, dtype=torch.int64, device=x.device))
+    first, second = sin.flatten().chunk(2)
+    return not torch.equal(first, second)

@@ -173,9 +173,10 @@ def random_model(build_once: BuildOnce) -> Path:
 @pytest.fixture(scope="session")
 def random_calibration(random_model: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A calibration of ``random_model``: with random weights all chunks are equally good."""
-    from fasa_sglang.workloads.models.shapes import any_chunks, llama_shape, load_config
+    from fasa_sglang.workloads.models.pretrained import load_config
+    from fasa_sglang.workloads.models.random_weights import any_chunks, config_shape
 
-    shape = llama_shape(load_config(str(random_model)))
+    shape = config_shape(load_config(str(random_model)))
     path = tmp_path_factory.mktemp("calibration") / "random.fasa"
     any_chunks(shape, 16).save(path)
     return str(path)

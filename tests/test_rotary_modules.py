@@ -76,7 +76,7 @@ def rotary_of_transformers(name: str, **settings: Any) -> tuple[torch.nn.Module,
     """The rotary module of a model type, and the code that applies it."""
     code = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
     configs = importlib.import_module(f"transformers.models.{name}.configuration_{name}")
-    title = {"llama": "Llama", "qwen2": "Qwen2", "phi": "Phi"}[name]
+    title = {"llama": "Llama", "qwen2": "Qwen2", "phi": "Phi", "gpt_oss": "GptOss"}[name]
     config = getattr(configs, f"{title}Config")(
         hidden_size=4 * HEAD_DIM, num_attention_heads=4, num_hidden_layers=1, **settings
     )
@@ -101,8 +101,10 @@ def rotary_of_transformers(name: str, **settings: Any) -> tuple[torch.nn.Module,
             },
             32,
         ),
+        # Its tables have one column per pair.
+        ("gpt_oss", {"head_dim": HEAD_DIM}, 64),
     ],
-    ids=["llama", "llama3", "yarn", "qwen2", "phi"],
+    ids=["llama", "llama3", "yarn", "qwen2", "phi", "gpt-oss"],
 )
 def test_rotation_of_a_module_of_transformers_is_what_it_applies(
     name: str, settings: dict[str, Any], rotary_dim: int

@@ -19,7 +19,7 @@ from fasa_sglang.calibration import corpus
 from fasa_sglang.errors import FasaError
 from fasa_sglang.workloads.device import device_name
 from fasa_sglang.workloads.models.packaged import MODEL_HELP, find_model
-from fasa_sglang.workloads.models.shapes import load_config, load_tokenizer
+from fasa_sglang.workloads.models.pretrained import load_config, load_tokenizer
 from fasa_sglang.workloads.serving.chat import chat_ids
 from fasa_sglang.workloads.serving.engine import flush_cache, running_engine
 from fasa_sglang.workloads.serving.forced import agreement, forced_request, steps

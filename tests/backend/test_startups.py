@@ -204,10 +204,11 @@ def paths(
 @pytest.fixture(scope="module")
 def smollm2_shape_calibration(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A calibration that fits SmolLM2, with arbitrary chunks."""
-    from fasa_sglang.workloads.models.shapes import any_chunks, llama_shape, load_config
+    from fasa_sglang.workloads.models.pretrained import load_config
+    from fasa_sglang.workloads.models.random_weights import any_chunks, config_shape
 
     path = tmp_path_factory.mktemp("calibration") / "smollm2.safetensors"
-    any_chunks(llama_shape(load_config(str(smollm2_path))), 16).save(path)
+    any_chunks(config_shape(load_config(str(smollm2_path))), 16).save(path)
     return str(path)
 
 

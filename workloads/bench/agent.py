@@ -26,7 +26,7 @@ from fasa_sglang.errors import FasaError
 from fasa_sglang.workloads.agent_loop import Answer, run_agents
 from fasa_sglang.workloads.bench.baseline import baseline_label, parse_baselines
 from fasa_sglang.workloads.models.packaged import MODEL_HELP, find_model
-from fasa_sglang.workloads.models.shapes import load_tokenizer
+from fasa_sglang.workloads.models.pretrained import load_tokenizer
 from fasa_sglang.workloads.serving.engine import AUTO
 from fasa_sglang.workloads.serving.server import (
     flush_prefix_cache,

@@ -29,9 +29,15 @@ from fasa_sglang.model_shape import ModelShape
 from fasa_sglang.ops.label_format import LABEL_FORMATS
 from fasa_sglang.requests import parse_request
 from fasa_sglang.workloads.bench.baseline import add_baseline_argument, baseline_label
-from fasa_sglang.workloads.bench.dummy_model import SHAPE_NAMES, served_model, spread_keys
+from fasa_sglang.workloads.bench.dummy_model import (
+    SHAPE_NAMES,
+    served_model,
+    spread_keys,
+    write_calibration,
+)
 from fasa_sglang.workloads.device import device_name
-from fasa_sglang.workloads.models.shapes import any_chunks, llama_shape, load_config
+from fasa_sglang.workloads.models.pretrained import load_config
+from fasa_sglang.workloads.models.random_weights import config_shape
 from fasa_sglang.workloads.serving.engine import running_engine
 
 # Tokens of a reply that reach the client at once, so that sending them costs little.
@@ -95,9 +101,8 @@ def run(args: argparse.Namespace) -> None:
     backends: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as work:
         model, overrides = served_model(args.shape, Path(work))
-        shape = llama_shape(load_config(model))
-        settings = _settings(args, shape, Path(work))
-        smaller = int(pool / (1 + label_share(shape)))
+        settings = _settings(args, model, Path(work))
+        smaller = int(pool / (1 + label_share(config_shape(load_config(model)))))
         pruned_len = args.prompt_tokens + args.prune_budget + args.prune_interval + 1
         more = (smaller - SPARE_SLOTS) // pruned_len
         prune = {"prune": "generated", "prune_budget": args.prune_budget}
@@ -122,7 +127,7 @@ def run(args: argparse.Namespace) -> None:
                     label = baseline_label(baseline, engine.get_server_info())
                     backends[baseline] = label
                 log.print(f"{label}: {count} requests in {tokens} tokens")
-                spread_keys(engine, args.shape)
+                spread_keys(engine, args.shape, model)
                 rows.append(_measure(engine, label, tokens, count, fasa, args))
                 log.print(f"  {rows[-1].tokens_per_s:.0f} tokens/s")
     labels = list(dict.fromkeys(backends.values()))
@@ -145,12 +150,12 @@ def run(args: argparse.Namespace) -> None:
         Path(args.json).write_text(json.dumps(report, indent=2, default=str) + "\n")
 
 
-def _settings(args: argparse.Namespace, shape: ModelShape, work: Path) -> dict[str, Any]:
+def _settings(args: argparse.Namespace, model: str, work: Path) -> dict[str, Any]:
     """FASA settings of the server; writes its calibration."""
-    calibration = str(work / "calibration.safetensors")
-    any_chunks(shape, shape.default_num_fcs).save(calibration)
+    calibration = work / "calibration.fasa"
+    write_calibration(model, None, calibration)
     return {
-        "calibration": calibration,
+        "calibration": str(calibration),
         "budget": args.budget,
         "max_budget": args.budget,
         # Pruning needs sparse steps to judge the tokens, so these must start early enough.

@@ -30,18 +30,26 @@ from fasa_sglang.errors import FasaError
 from fasa_sglang.names import BACKEND_NAME
 from fasa_sglang.ops.reference import COMBINE_RULES
 from fasa_sglang.workloads.bench.baseline import add_baseline_argument, baseline_label
-from fasa_sglang.workloads.bench.dummy_model import SHAPE_NAMES, served_model, spread_keys
-from fasa_sglang.workloads.bench.labels import DEFAULT_LABELS, LABELS
+from fasa_sglang.workloads.bench.dummy_model import (
+    SHAPE_NAMES,
+    served_model,
+    spread_keys,
+    write_calibration,
+)
+from fasa_sglang.workloads.bench.labels import LABELS
 from fasa_sglang.workloads.bench.serve_timing import Row, add_speedups, time_engine
 from fasa_sglang.workloads.device import device_name
 from fasa_sglang.workloads.eval.settings import json_object
-from fasa_sglang.workloads.models.shapes import any_chunks, llama_shape, load_config
 from fasa_sglang.workloads.plots import plot_speedup
 from fasa_sglang.workloads.serving.engine import running_engine
 
+DEFAULT = "default"
 DEFAULT_CASES = {
     "llama3.1-8b": "1x1024,8x1024,1x32768,32x8192,8x32768,12x32768,1x131072",
     "qwen3-8b": "1x1024,8x1024,1x32768,32x8192,8x32768",
+    "gpt-oss-20b": "1x32768,8x32768,1x131072",
+    "qwen3-next-16-layers": "1x32768,8x32768,1x131072",
+    "minimax-m2-10-layers": "1x32768,8x32768,1x131072",
     "smollm2": "1x1024,1x8064,8x8064",
 }
 
@@ -52,7 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cases", help="BATCHxTOKENS,...; tokens of prompt and reply together")
     add_baseline_argument(parser)
     parser.add_argument("--budget", type=int, default=2048, help="tokens per (request, KV head)")
-    parser.add_argument("--labels", choices=tuple(LABELS), default=DEFAULT_LABELS)
+    parser.add_argument(
+        "--labels",
+        choices=(DEFAULT, *LABELS),
+        default=DEFAULT,
+        help="share of the chunks and format; default: what a server without settings uses",
+    )
     parser.add_argument("--combine", choices=COMBINE_RULES, default=FasaConfig.combine)
     parser.add_argument(
         "--request",
@@ -62,6 +75,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="extra fasa request keys, as JSON",
     )
     parser.add_argument("--output-tokens", type=int, default=128, help="tokens timed per request")
+    parser.add_argument(
+        "--engine",
+        type=json_object,
+        default={},
+        metavar="JSON",
+        help="further arguments of sglang.Engine for all engines, as JSON",
+    )
     parser.add_argument("--json", metavar="FILE", help="write the rows as JSON")
     parser.add_argument("--plot", metavar="FILE", help="draw speed-up against context as PNG")
 
@@ -81,6 +101,7 @@ def run(args: argparse.Namespace) -> None:
             "skip_tokenizer_init": True,
             "max_running_requests": max(batch for batch, _ in cases),
             "cuda_graph_bs_decode": sorted({batch for batch, _ in cases}),
+            **args.engine,
         }
         if not torch.cuda.is_available():
             # The default pool would take a third of the machine's memory.
@@ -91,11 +112,11 @@ def run(args: argparse.Namespace) -> None:
             log.print(f"starting SGLang without FASA, attention backend {baseline}")
             with running_engine(model, None, baseline=baseline, **overrides) as engine:
                 backends[baseline] = label = baseline_label(baseline, engine.get_server_info())
-                spread_keys(engine, args.shape)
+                spread_keys(engine, args.shape, model)
                 rows += time_engine(engine, label, cases, [None], args.output_tokens, log)
         log.print("starting SGLang with FASA")
         with running_engine(model, settings, **overrides) as engine:
-            spread_keys(engine, args.shape)
+            spread_keys(engine, args.shape, model)
             requests = [False, {"budget": args.budget, **args.request}]
             rows += time_engine(engine, BACKEND_NAME, cases, requests, args.output_tokens, log)
     labels = list(dict.fromkeys(backends.values()))
@@ -116,6 +137,7 @@ def run(args: argparse.Namespace) -> None:
             "baselines": backends,
             "settings": {**settings, "calibration": args.labels},
             "request": args.request,
+            "engine": args.engine,
             "rows": [asdict(row) for row in rows],
         }
         Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
@@ -150,15 +172,16 @@ def parse_cases(text: str) -> list[tuple[int, int]]:
 
 def _settings(args: argparse.Namespace, model: str, work: Path) -> dict[str, Any]:
     """FASA settings of the server; writes its calibration."""
-    shape = llama_shape(load_config(model))
-    share, label_format = LABELS[args.labels]
-    calibration = str(work / "calibration.safetensors")
-    any_chunks(shape, int(shape.rotation.num_chunks * share)).save(calibration)
+    share, label_dtype = None, FasaConfig.label_dtype
+    if args.labels != DEFAULT:
+        share, label_dtype = LABELS[args.labels][0], LABELS[args.labels][1].name
+    calibration = work / "calibration.fasa"
+    write_calibration(model, share, calibration)
     return {
-        "calibration": calibration,
+        "calibration": str(calibration),
         "budget": args.budget,
         "max_budget": args.budget,
-        "label_dtype": label_format.name,
+        "label_dtype": label_dtype,
         "combine": args.combine,
     }
 

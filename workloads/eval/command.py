@@ -29,7 +29,7 @@ from fasa_sglang.workloads.eval.settings import json_object, needs_choosing, par
 from fasa_sglang.workloads.eval.task import HARNESSES, Options, Task, TaskOption
 from fasa_sglang.workloads.eval.tasks import find_task, task_classes, task_names
 from fasa_sglang.workloads.models.packaged import MODEL_HELP, find_model
-from fasa_sglang.workloads.models.shapes import load_tokenizer
+from fasa_sglang.workloads.models.pretrained import load_tokenizer
 from fasa_sglang.workloads.serving.server import given_or_running_server, server_url
 
 COMPARE, POOL = "compare", "pool"

@@ -21,7 +21,7 @@ from rich.progress import (
 from fasa_sglang.workloads.eval.results import Results
 from fasa_sglang.workloads.eval.settings import Setting, needs_choosing
 from fasa_sglang.workloads.eval.task import Options, Session, Task
-from fasa_sglang.workloads.models.shapes import load_config
+from fasa_sglang.workloads.models.pretrained import load_config
 from fasa_sglang.workloads.serving.server_info import server_info
 
 

@@ -1,17 +1,10 @@
-"""Shapes of well-known models for runs with random weights; configs and tokenizers of models."""
+"""Shapes of well-known models, to serve them with random weights."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from typing import Any
-
-import torch
-
-from fasa_sglang.dominant_fcs import DominantFCs
-from fasa_sglang.errors import FasaError
-from fasa_sglang.model_shape import ModelShape
-from fasa_sglang.rotary_modules import rotation_of
 
 # Hugging Face configs.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -54,73 +47,95 @@ SHAPES: dict[str, dict[str, Any]] = {
         "hidden_act": "silu",
         "torch_dtype": "bfloat16",
     },
+    # The models below are hybrids or mixtures of experts. Where a layer count is smaller than the
+    # model's own, the full model does not fit one GPU.
+    "gpt-oss-20b": {
+        "architectures": ["GptOssForCausalLM"],
+        "model_type": "gpt_oss",
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_hidden_layers": 24,
+        "layer_types": ["sliding_attention", "full_attention"] * 12,
+        "sliding_window": 128,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "num_local_experts": 32,
+        "num_experts_per_tok": 4,
+        "vocab_size": 201088,
+        "max_position_embeddings": 131072,
+        "rope_theta": 150000.0,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "swiglu_limit": 7.0,
+        "attention_bias": True,
+        "torch_dtype": "bfloat16",
+    },
+    "qwen3-next-16-layers": {
+        "architectures": ["Qwen3NextForCausalLM"],
+        "model_type": "qwen3_next",
+        "hidden_size": 2048,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 16,
+        "full_attention_interval": 4,
+        "layer_types": [*["linear_attention"] * 3, "full_attention"] * 4,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+        "partial_rotary_factor": 0.25,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "linear_conv_kernel_dim": 4,
+        "num_experts": 512,
+        "num_experts_per_tok": 10,
+        "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512,
+        "norm_topk_prob": True,
+        "vocab_size": 151936,
+        "max_position_embeddings": 262144,
+        "rope_theta": 10000000.0,
+        "rms_norm_eps": 1e-6,
+        "hidden_act": "silu",
+        "torch_dtype": "bfloat16",
+    },
+    "minimax-m2-10-layers": {
+        "architectures": ["MiniMaxM2ForCausalLM"],
+        "model_type": "minimax_m2",
+        "hidden_size": 3072,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 10,
+        "num_attention_heads": 48,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "rotary_dim": 64,
+        "partial_rotary_factor": 0.5,
+        "use_qk_norm": True,
+        "qk_norm_type": "per_layer",
+        "num_local_experts": 256,
+        "num_experts_per_tok": 8,
+        "scoring_func": "sigmoid",
+        "use_routing_bias": True,
+        "vocab_size": 200064,
+        "max_position_embeddings": 196608,
+        "rope_theta": 5000000.0,
+        "rms_norm_eps": 1e-6,
+        "hidden_act": "silu",
+        "torch_dtype": "bfloat16",
+    },
 }
-
-
-# Label scale of a model with random weights, for ``bench.dummy_model.spread_keys``: the largest
-# magnitude of its keys.
-KEY_SPREAD = 0.15
 
 
 def write_shape(shape: str, folder: Path) -> None:
     """Write the ``config.json`` of one of ``SHAPES``, to serve it with dummy weights."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(SHAPES[shape], indent=2))
-
-
-def llama_shape(config: Any) -> ModelShape:
-    """The shape of a model of Llama's kind: full attention and one RoPE in all layers.
-
-    Args:
-        config: Its Hugging Face config.
-    """
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return ModelShape(
-        architecture=config.architectures[0],
-        num_layers=config.num_hidden_layers,
-        layers=tuple(range(config.num_hidden_layers)),
-        num_qo_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        rotation=rotation_of(LlamaRotaryEmbedding(config), head_dim),
-    )
-
-
-def any_chunks(shape: ModelShape, num_fcs: int) -> DominantFCs:
-    """A calibration for a model with random weights, where all chunks are equally good."""
-    heads = (len(shape.layers), shape.num_kv_heads)
-    chunks = shape.rotation.num_chunks
-    keys = torch.zeros(*heads, shape.rotation.head_dim)
-    return DominantFCs(
-        model=shape,
-        num_fcs=num_fcs,
-        ranking=torch.arange(chunks, dtype=torch.int16).expand(*heads, chunks),
-        score=torch.zeros(len(shape.layers), shape.num_qo_heads, chunks),
-        k_mean=keys,
-        k_scale=keys + KEY_SPREAD,
-    )
-
-
-def load_config(model: str) -> Any:
-    """The Hugging Face config of a folder or hub name."""
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(model)
-
-
-def load_tokenizer(model: str) -> Any:
-    """The tokenizer of a folder or hub name.
-
-    Raises:
-        FasaError: The model has no tokenizer.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FasaError(
-            f"{model} has no tokenizer ({reason}); expected a Hugging Face folder or hub name"
-        ) from error

@@ -220,7 +220,8 @@ def test_real_weights_with_covering_budgets_equal_dense(
     from transformers import AutoTokenizer
 
     from fasa_sglang.calibration import corpus
-    from fasa_sglang.workloads.models.shapes import any_chunks, llama_shape, load_config
+    from fasa_sglang.workloads.models.pretrained import load_config
+    from fasa_sglang.workloads.models.random_weights import any_chunks, config_shape
 
     count, longest = draw(8, 64), 8000
     tokenizer = AutoTokenizer.from_pretrained(smollm2_path)
@@ -228,7 +229,7 @@ def test_real_weights_with_covering_budgets_equal_dense(
     ratio = (longest / 10) ** (1 / (count - 1))
     texts = [ids[500 * i : 500 * i + round(10 * ratio**i)] for i in range(count)]
     calibration = tmp_path / "smollm2.safetensors"
-    any_chunks(llama_shape(load_config(str(smollm2_path))), 16).save(calibration)
+    any_chunks(config_shape(load_config(str(smollm2_path))), 16).save(calibration)
     settings = {"calibration": str(calibration), "min_seq_len": 0, "max_budget": 8192}
     common = {"mem_fraction_static": 0.5, "cuda_graph_max_bs_decode": 16}
     common |= {"max_running_requests": 16}

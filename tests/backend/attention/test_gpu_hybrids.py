@@ -95,7 +95,7 @@ def test_covering_budgets_equal_sglang_and_small_ones_do_not(
 
 
 def test_pruning_is_refused(engine: Any) -> None:
-    with pytest.raises(ValueError, match="fasa.prune does not work with this model"):
+    with pytest.raises(ValueError, match=r"fasa\.prune does not work with this model"):
         generate(engine, prompts()[:1], [{"prune": "generated"}], 8)
 
 

@@ -60,9 +60,10 @@ def test_add_speedups_compares_every_row_with_every_baseline() -> None:
 def test_label_share_is_the_labels_part_of_a_token() -> None:
     from transformers import LlamaConfig
 
-    from fasa_sglang.workloads.models.shapes import SHAPES, llama_shape
+    from fasa_sglang.workloads.models.random_weights import config_shape
+    from fasa_sglang.workloads.models.shapes import SHAPES
 
-    shape = llama_shape(LlamaConfig(**SHAPES["llama3.1-8b"]))
+    shape = config_shape(LlamaConfig(**SHAPES["llama3.1-8b"]))
     # 31 of 32 layers select; 64 label bytes beside 512 bytes of key and value per head.
     assert label_share(shape) == pytest.approx(31 / 32 * 64 / 512)
 

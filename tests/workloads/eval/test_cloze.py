@@ -13,7 +13,7 @@ from fasa_sglang.calibration.corpus import default_text, held_out_text
 from fasa_sglang.cli import main
 from fasa_sglang.workloads.eval.task import Options
 from fasa_sglang.workloads.eval.tasks.cloze import Cloze, recurring_words, whole_words
-from fasa_sglang.workloads.models.shapes import load_tokenizer
+from fasa_sglang.workloads.models.pretrained import load_tokenizer
 
 LENGTH, REPLY = 300, 240
 

@@ -1,0 +1,31 @@
+"""Config and tokenizer of a model on disk or on the hub."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fasa_sglang.errors import FasaError
+
+
+def load_config(model: str) -> Any:
+    """The Hugging Face config of a folder or hub name."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(model)
+
+
+def load_tokenizer(model: str) -> Any:
+    """The tokenizer of a folder or hub name.
+
+    Raises:
+        FasaError: The model has no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FasaError(
+            f"{model} has no tokenizer ({reason}); expected a Hugging Face folder or hub name"
+        ) from error
