@@ -41,7 +41,13 @@ def gemma3() -> Any:
         sliding_window=WINDOW,
         layer_types=layer_types,
     )
-    return Gemma3ForCausalLM(config)
+    model = Gemma3ForCausalLM(config)
+    for layer, kind in zip(model.model.layers, layer_types, strict=True):
+        if kind == "full_attention":
+            # Peaked attention, so that leaving tokens out changes replies; an offset from 1.
+            layer.self_attn.q_norm.weight.data.fill_(0.7)
+            layer.self_attn.k_norm.weight.data.fill_(0.7)
+    return model
 
 
 def gpt_oss() -> Any:

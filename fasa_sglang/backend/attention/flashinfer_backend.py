@@ -55,8 +55,10 @@ class FasaFlashInferAttnBackend(FasaBackend, FlashInferAttnBackend):
         pool = full_attention_pool(self.token_to_kv_pool)
         self.num_kv_heads, self.head_dim = pool.k_buffer[0].shape[1:]
         self.max_kv_len = min(self.max_context_len, pool.size)
-        if served_model(runner.model_config).has_sink_logits:
-            # Of SGLang's two ways to prefill, only the paged one has a log-sum-exp for all tokens.
+        has_sink_logits = served_model(runner.model_config).has_sink_logits
+        if has_sink_logits or runner.sliding_window_size is not None:
+            # SGLang's other way to prefill has no log-sum-exp over all tokens, and ignores sliding
+            # windows in prompts without a cached prefix.
             self.use_paged = True
         problem = decode_problem(
             self.num_qo_heads // self.num_kv_heads,

@@ -16,7 +16,8 @@ from serving import Agreement, generate
 pytestmark = pytest.mark.gpu
 
 LENGTHS = [5, 40, 300, 1000, 2500, 4000, 1, 900]
-NEW_TOKENS = 40
+# Near ties end most replies of random models in bfloat16 within some dozens of tokens.
+NEW_TOKENS = 16
 COMMON = {
     "skip_tokenizer_init": True,
     "mem_fraction_static": 0.3,
@@ -25,8 +26,9 @@ COMMON = {
     # FlashInfer's kernels for linear attention take minutes to compile.
     "linear_attn_prefill_backend": "triton",
 }
-# SGLang's own backend that serves the model; FlashInfer's has no attention sinks.
-BASELINE = {"gpt-oss": "triton"}
+# FlashInfer's backend in SGLang has no attention sinks, and ignores sliding windows in prompts
+# without a cached prefix.
+BASELINE = {"gemma3": "triton", "gpt-oss": "triton"}
 COVERED = {"budget": 8192}
 FULL_PREFIX = {**COVERED, "prefix": "full"}
 BATCHES: dict[str, list[Any]] = {
