@@ -57,7 +57,9 @@ def margins(reply: dict[str, Any]) -> list[float]:
     return [top[0][0] - top[1][0] for top in reply["meta_info"]["output_top_logprobs"]]
 
 
-def divergence(expected: dict[str, Any], got: dict[str, Any]) -> str | None:
+def divergence(
+    expected: dict[str, Any], got: dict[str, Any], near_tie: float = MARGIN
+) -> str | None:
     """How two greedy replies differ; None if they are equal up to a near tie, which is printed.
 
     ``expected`` carries log-probabilities. Whatever follows a near tie is not compared, so a test
@@ -68,7 +70,7 @@ def divergence(expected: dict[str, Any], got: dict[str, Any]) -> str | None:
         return None
     step = agreeing_steps(expected_ids, got_ids)
     margin = margins(expected)[step] if step < len(expected_ids) else float("inf")
-    if margin < MARGIN:
+    if margin < near_tie:
         print(f"near tie at step {step}, margin {margin:.1e}: counts as equal")
         return None
     return (
@@ -91,15 +93,19 @@ class Agreement:
 
     Near ties excuse single replies. The share before the first difference shows whether they
     are the exception: a broken backend diverges within a few steps, near tie or not.
+
+    Args:
+        near_tie: Largest lead of a token, in nats, that is a near tie.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, near_tie: float = MARGIN) -> None:
         self.problems: list[str] = []
+        self._near_tie = near_tie
         self._agreeing = self._steps = 0
 
     def compare(self, expected: dict[str, Any], got: dict[str, Any], label: str = "") -> None:
         """Add one pair of replies, as ``divergence`` takes them."""
-        problem = divergence(expected, got)
+        problem = divergence(expected, got, self._near_tie)
         if problem is not None:
             self.problems.append(f"{label}: {problem}")
         self._agreeing += agreeing_steps(expected["output_ids"], got["output_ids"])

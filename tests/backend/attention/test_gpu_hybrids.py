@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fasa_sglang.workloads.serving.engine import flush_cache, running_engine
-from hybrid_models import HYBRID_MODELS, VOCAB_SIZE, write_model
+from hybrid_models import HYBRID_MODELS, VOCAB_SIZE, greedy_replies, write_model
 from serving import Agreement, generate
 
 pytestmark = pytest.mark.gpu
@@ -26,9 +26,9 @@ COMMON = {
     # FlashInfer's kernels for linear attention take minutes to compile.
     "linear_attn_prefill_backend": "triton",
 }
-# FlashInfer's backend in SGLang has no attention sinks, and ignores sliding windows in prompts
-# without a cached prefix.
-BASELINE = {"gemma3": "triton", "gpt-oss": "triton"}
+# The lead of one logit over another may be off by this in bfloat16: of 2,500 leads in the models of
+# transformers, the largest error is 0.10 for gpt-oss and 0.16 for Gemma-3.
+ROUNDING = 0.2
 COVERED = {"budget": 8192}
 FULL_PREFIX = {**COVERED, "prefix": "full"}
 BATCHES: dict[str, list[Any]] = {
@@ -57,25 +57,25 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def dense(model: Path) -> list[dict[str, Any]]:
-    baseline = BASELINE.get(model.name)
-    with running_engine(model, None, baseline=baseline, **COMMON) as engine:
-        return generate(
-            engine, prompts(), [None] * 8, NEW_TOKENS, return_logprob=True, ignore_eos=True
-        )
+    """Not by another backend of SGLang: FlashInfer's has no attention sinks and ignores sliding
+    windows in prompts without a cached prefix, and Triton's chooses tokens for gpt-oss that are
+    0.9 nats behind the best one.
+    """
+    return greedy_replies(model, prompts(), NEW_TOKENS)
 
 
 @pytest.fixture(scope="module")
-def engine(dense: list[dict[str, Any]], model: Path) -> Iterator[Any]:
-    """Calibrates at start. Started after ``dense`` has ended: one engine runs at a time."""
+def engine(model: Path) -> Iterator[Any]:
+    """Calibrates at start."""
     settings = {"min_seq_len": 0, "max_budget": 8192, "num_dense_layers": 1}
     with running_engine(model, settings, **COMMON) as running:
         yield running
 
 
-def test_covering_budgets_equal_sglang_and_small_ones_do_not(
+def test_covering_budgets_equal_transformers_and_small_ones_do_not(
     engine: Any, dense: list[dict[str, Any]]
 ) -> None:
-    agreement = Agreement()
+    agreement = Agreement(ROUNDING)
     for kind in [*BATCHES, *reversed(BATCHES)]:
         batch = BATCHES[kind]
         replies = generate(engine, prompts(), batch, NEW_TOKENS, ignore_eos=True)
@@ -83,7 +83,7 @@ def test_covering_budgets_equal_sglang_and_small_ones_do_not(
             steps = NEW_TOKENS - 1 if fasa else 0
             assert reply["meta_info"]["fasa"]["sparse_steps"] == steps
             agreement.compare(expected, reply, f"{kind}, fasa={fasa}")
-    few = Agreement()
+    few = Agreement(ROUNDING)
     replies = generate(engine, prompts(), [{"budget": 64}] * 8, NEW_TOKENS, ignore_eos=True)
     for length, expected, reply in zip(LENGTHS, dense, replies, strict=True):
         ratio = reply["meta_info"]["fasa"]["kv_read_ratio"]
@@ -93,7 +93,7 @@ def test_covering_budgets_equal_sglang_and_small_ones_do_not(
             few.compare(expected, reply)
     print(f"small budgets: {few.share:.1%} of steps agree with dense")
     agreement.require(MIN_AGREEMENT)
-    assert few.share < agreement.share / 2
+    assert few.share < 0.75 * agreement.share
 
 
 def test_pruning_is_refused(engine: Any) -> None:
