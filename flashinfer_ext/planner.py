@@ -16,9 +16,9 @@ from fasa_sglang.flashinfer_ext.buffers import PlannerBuffers
 from fasa_sglang.flashinfer_ext.lane import Lane
 from fasa_sglang.flashinfer_ext.lane_table import LaneTable
 from fasa_sglang.flashinfer_ext.shrinkable_decode import SelectedDecode, ShrinkableDecode
-from fasa_sglang.flashinfer_ext.sink_logits import apply_sink_logits
 from fasa_sglang.ops.layer_labels import LayerLabels
 from fasa_sglang.ops.selection_average import update_averages
+from fasa_sglang.ops.sink_logits import apply_sink_logits
 from fasa_sglang.ops.token_importance import token_importance
 from fasa_sglang.ops.token_selection import select_tokens
 from fasa_sglang.ops.tombstones import close_gaps

@@ -43,9 +43,12 @@ class PlannerCase:
         batch_size: Lanes, padding included.
         max_kv_len: Tokens of the longest lane.
         max_budget: Columns of the index buffer.
+        sinks: Whether the layer has attention sinks.
     """
 
-    def __init__(self, shape: Shape, batch_size: int, max_kv_len: int, max_budget: int) -> None:
+    def __init__(
+        self, shape: Shape, batch_size: int, max_kv_len: int, max_budget: int, sinks: bool = False
+    ) -> None:
         self.shape, self.batch_size = shape, batch_size
         self.generator = torch.Generator(DEVICE).manual_seed(0)
         hkv, head_dim = shape.num_kv_heads, shape.head_dim
@@ -54,6 +57,11 @@ class PlannerCase:
         pool = (self.num_slots, hkv, head_dim)
         self.k, self.v = (torch.empty(pool, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
         num_qo_heads = hkv * shape.group
+        self.sink_logits: torch.Tensor | None = None
+        if sinks:
+            # Around the log-sum-exp of some thousand tokens.
+            noise = torch.randn(num_qo_heads, generator=self.generator, device=DEVICE)
+            self.sink_logits = (8.0 + 2 * noise).bfloat16()
         self.q = torch.empty(
             batch_size, num_qo_heads, head_dim, dtype=torch.bfloat16, device=DEVICE
         )
@@ -98,10 +106,13 @@ class PlannerCase:
             self.labels,
             sm_scale=self.sm_scale,
             selection_counts=self.selection_counts,
+            sink_logits=self.sink_logits,
         )
 
     def run_dense(self) -> torch.Tensor:
-        return self.planner.run_dense(self.q, (self.k, self.v), sm_scale=self.sm_scale)
+        return self.planner.run_dense(
+            self.q, (self.k, self.v), sm_scale=self.sm_scale, sink_logits=self.sink_logits
+        )
 
     def start(self, lanes: list[Lane], kv_lens: list[int], mixed: bool | None = None) -> None:
         """New queries, keys, values and slots for a step; plan it and poison everything else."""
@@ -193,7 +204,7 @@ class PlannerCase:
         expected = self._attend(
             q, live, torch.cat([everything[..., :prefix], prefix + best], dim=-1)
         )
-        if not prefix:
+        if not prefix and self.sink_logits is None:
             decoded = reference.fasa_decode(
                 q,
                 self.k,
@@ -215,7 +226,13 @@ class PlannerCase:
 
     def _attend(self, q: torch.Tensor, live: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         return reference.focused_attention(
-            q, self.k, self.v, live[None], positions, sm_scale=self.sm_scale
+            q,
+            self.k,
+            self.v,
+            live[None],
+            positions,
+            sm_scale=self.sm_scale,
+            sink_logits=self.sink_logits,
         )
 
 

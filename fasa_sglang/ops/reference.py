@@ -141,6 +141,7 @@ def focused_attention(
     positions: torch.Tensor,
     *,
     sm_scale: float,
+    sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend to the selected tokens only: FASA's focused attention computation (FAC).
 
@@ -151,6 +152,7 @@ def focused_attention(
         slots: Position to slot, ``[B, L]``, int.
         positions: Positions to attend to, ``[B, HKV, N]``, int64, padded with -1.
         sm_scale: Multiplies ``q @ k``; usually ``D ** -0.5``.
+        sink_logits: Attention sinks, ``[HQ]``: one more logit per query head, without a value.
 
     Returns:
         ``[B, HQ, D]``, float32. A row without a selected token is zero.
@@ -160,12 +162,16 @@ def focused_attention(
     num_kv_heads = k_cache.shape[1]
     q = group_heads(q, num_kv_heads)
     out = torch.zeros_like(q)
+    sinks = None if sink_logits is None else sink_logits.float().view(num_kv_heads, -1, 1)
     for b in range(q.shape[0]):
         for h in range(num_kv_heads):
             selected = slots[b, positions[b, h][positions[b, h] >= 0]].long()
             if len(selected):
                 logits = q[b, h] @ k_cache[selected, h].float().T * sm_scale
-                out[b, h] = logits.softmax(dim=-1) @ v_cache[selected, h].float()
+                if sinks is not None:
+                    logits = torch.cat((logits, sinks[h]), dim=-1)
+                weights = logits.softmax(dim=-1)[:, : len(selected)]
+                out[b, h] = weights @ v_cache[selected, h].float()
     return out.flatten(1, 2)
 
 

@@ -38,15 +38,18 @@ MIXED: list[list[Lane]] = [
 MIXED_LENS = [[3000, 9000, 1200, 4000, 1], [600, 5, 7000, 70, 1], [9000, 2500, 3000, 9000, 1]]
 
 
-@pytest.mark.parametrize("values", SHAPES, ids=lambda values: "-".join(map(str, values)))
-def test_run_equals_the_reference_eagerly_and_in_graphs(values: tuple) -> None:
+CASES = [(values, False) for values in SHAPES] + [((8, 8, 64, 48), True)]
+
+
+@pytest.mark.parametrize(("values", "sinks"), CASES, ids=str)
+def test_run_equals_the_reference_eagerly_and_in_graphs(values: tuple, sinks: bool) -> None:
     """One graph of sparse steps and one of mixed steps; lanes and lengths change between replays.
 
     Both kinds of steps share the planner, its scratch and its plans, as variants of a server do.
     """
     from planner_cases import PlannerCase, Shape
 
-    case = PlannerCase(Shape(*values), 5, MAX_KV_LEN, MAX_BUDGET)
+    case = PlannerCase(Shape(*values), 5, MAX_KV_LEN, MAX_BUDGET, sinks)
     steps = [(SPARSE, kv_lens, False) for kv_lens in SPARSE_LENS]
     steps += [(lanes, kv_lens, True) for lanes, kv_lens in zip(MIXED, MIXED_LENS, strict=True)]
     steps = [*steps[::2], *steps[1::2]]

@@ -149,6 +149,13 @@ def test_kernels_of_memory_mode_compile_for_hopper(compiler: Compiler) -> None:
     assert set(compiler.shared) == {"_close_gaps_kernel", "_average_kernel"}
 
 
+def test_kernel_of_attention_sinks_compiles_for_hopper(compiler: Compiler) -> None:
+    from fasa_sglang.ops.sink_logits import apply_sink_logits
+
+    apply_sink_logits(torch.zeros(3, 8, 64).bfloat16(), torch.zeros(3, 8), torch.zeros(8))
+    assert set(compiler.shared) == {"_sink_kernel"}
+
+
 # Head dim and label width: 24 to 128 chunks.
 WIDTHS = [(64, 48), (64, 64), (128, 64), (128, 96), (128, 128), (256, 48), (256, 160), (256, 256)]
 # bf16 tiles are the larger ones, and sm_86 and sm_89 have the least shared memory.

@@ -27,7 +27,7 @@ from fasa_sglang.errors import UnsupportedHostError
 from fasa_sglang.flashinfer_ext.buffers import PlannerBuffers
 from fasa_sglang.flashinfer_ext.planner import SparseIndexPlanner
 from fasa_sglang.flashinfer_ext.self_test import decode_problem
-from fasa_sglang.flashinfer_ext.sink_logits import SinkWrapper
+from fasa_sglang.flashinfer_ext.sink_wrapper import SinkWrapper
 from fasa_sglang.layer_plan import LayerKind
 
 logger = logging.getLogger(__name__)
