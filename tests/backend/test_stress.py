@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,29 @@ SETTINGS = {
     "think_end_ids": [77],
 }
 MAX_RUNNING = 12
-LONGEST_REPLY = 160
 POOL = 1100
 COMMON = {"skip_tokenizer_init": True, "max_running_requests": MAX_RUNNING}
 # Overlap scheduling, radix cache.
 SERVERS = [(True, True), (False, False), (True, False), (False, True)]
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What random conversations are made of.
+
+    Args:
+        count: Number of conversations.
+        longest_reply: In tokens.
+        prunes: Whether some requests prune.
+    """
+
+    count: int
+    longest_reply: int
+    prunes: bool
+
+    @property
+    def fasa_choices(self) -> list[Any]:
+        return DENSE + SPARSE + (PRUNING if self.prunes else [])
 
 
 async def send(
@@ -65,7 +84,7 @@ async def send(
 
 
 async def converse(
-    engine: Any, number: int, prefixes: list[list[int]], fasa_choices: list[Any]
+    engine: Any, number: int, prefixes: list[list[int]], traffic: Traffic
 ) -> list[dict[str, Any]]:
     """One request, and for some a follow-up over the whole conversation."""
     generator = random.Random(number)
@@ -74,8 +93,8 @@ async def converse(
     prompt = prompt + [generator.randrange(100, 8000) for _ in range(generator.randint(1, 60))]
     turns = []
     for turn in range(generator.choice((1, 1, 2))):
-        fasa = generator.choice(fasa_choices)
-        tokens = generator.choice((1, 40, LONGEST_REPLY))
+        fasa = generator.choice(traffic.fasa_choices)
+        tokens = generator.choice((1, 40, traffic.longest_reply))
         abort = generator.randint(1, 60) if generator.random() < 0.15 else None
         reply = await send(engine, prompt, fasa, tokens, f"{number}-{turn}", abort)
         turns.append({"prompt": prompt, "fasa": fasa, "tokens": tokens, "reply": reply})
@@ -87,15 +106,15 @@ async def converse(
 
 
 async def converse_all(
-    engine: Any, count: int, prefixes: list[list[int]], fasa_choices: list[Any]
+    engine: Any, prefixes: list[list[int]], traffic: Traffic
 ) -> list[dict[str, Any]]:
     running = asyncio.Semaphore(MAX_RUNNING)
 
     async def one(number: int) -> list[dict[str, Any]]:
         async with running:
-            return await converse(engine, number, prefixes, fasa_choices)
+            return await converse(engine, number, prefixes, traffic)
 
-    conversations = await asyncio.gather(*(one(number) for number in range(count)))
+    conversations = await asyncio.gather(*(one(number) for number in range(traffic.count)))
     return [turn for conversation in conversations for turn in conversation]
 
 
@@ -123,7 +142,7 @@ def check_turns(turns: list[dict[str, Any]], *, prunes: bool) -> None:
     assert retracted > 0, "the pool was large enough for all requests at once"
 
 
-def divergences(model: Path, turns: Iterable[dict[str, Any]]) -> list[str]:
+def divergences(model: Path, turns: Iterable[dict[str, Any]], longest_reply: int) -> list[str]:
     """How replies differ from those of SGLang's own backend."""
     turns = list(turns)
     with running_engine(model, None, max_total_tokens=20000, **COMMON) as engine:
@@ -131,7 +150,7 @@ def divergences(model: Path, turns: Iterable[dict[str, Any]]) -> list[str]:
             engine,
             [turn["prompt"] for turn in turns],
             [None] * len(turns),
-            LONGEST_REPLY,
+            longest_reply,
             return_logprob=True,
         )
     problems = []
@@ -147,14 +166,11 @@ def stress(
     model: Path,
     settings: dict[str, Any],
     servers: Sequence[tuple[bool, bool]],
-    count: int,
-    *,
-    prunes: bool,
+    traffic: Traffic,
 ) -> None:
-    """Send ``count`` conversations to each of ``servers`` and check pools and dense replies."""
+    """Send ``traffic`` to each of ``servers``, and check the pool and dense replies."""
     generator = random.Random(0)
     prefixes = [[generator.randrange(100, 8000) for _ in range(n)] for n in (20, 90, 200)]
-    fasa_choices = DENSE + SPARSE + (PRUNING if prunes else [])
     dense_turns: list[dict[str, Any]] = []
     for overlap, radix in servers:
         with running_engine(
@@ -166,17 +182,16 @@ def stress(
             disable_radix_cache=not radix,
             **COMMON,
         ) as engine:
-            conversations = converse_all(engine, count, prefixes, fasa_choices)
-            turns = engine.loop.run_until_complete(conversations)
+            turns = engine.loop.run_until_complete(converse_all(engine, prefixes, traffic))
             flush_cache(engine)
             # The pool is whole: the longest request that fits it still does.
             [last] = generate(engine, [[5] * (POOL - 50)], [None], 4)
             assert last["meta_info"]["completion_tokens"] == 4
-        check_turns(turns, prunes=prunes)
+        check_turns(turns, prunes=traffic.prunes)
         dense_turns += [
             turn for turn in turns if turn["fasa"] in DENSE and not is_aborted(turn["reply"])
         ]
-    problems = divergences(model, dense_turns)
+    problems = divergences(model, dense_turns, traffic.longest_reply)
     assert not problems, "\n".join(problems)
 
 
@@ -195,8 +210,8 @@ def test_random_requests_under_memory_pressure_leak_no_slot_and_leave_dense_repl
     A slot that two requests share would change a dense reply.
     """
     count = draw(40, 900 if not torch.cuda.is_available() else 2000)
-    settings = {"calibration": random_calibration}
-    stress(random_model, settings, SERVERS[: draw(2, 4)], count, prunes=True)
+    traffic = Traffic(count, longest_reply=160, prunes=True)
+    stress(random_model, {"calibration": random_calibration}, SERVERS[: draw(2, 4)], traffic)
 
 
 @pytest.mark.slow
@@ -204,4 +219,4 @@ def test_random_requests_to_gemma_leak_no_slot_and_leave_dense_replies_exact(
     gemma_path: Path,
 ) -> None:
     """The same with sliding windows in 15 of 18 layers, which keep requests from pruning."""
-    stress(gemma_path, {}, SERVERS[:1], 200, prunes=False)
+    stress(gemma_path, {}, SERVERS[:1], Traffic(200, longest_reply=60, prunes=False))
