@@ -90,6 +90,16 @@ def smollm2_path() -> Path:
 
 
 @pytest.fixture(scope="session")
+def gemma_path(request: pytest.FixtureRequest) -> Path:
+    """Gemma-3-270M. Its tests run with ``--all`` only: fetching it and starting it take minutes."""
+    if not request.config.getoption("--all"):
+        pytest.skip("Gemma-3-270M is tested with --all")
+    from fasa_sglang.workloads.models.packaged import packaged_model
+
+    return packaged_model("gemma3-270m")
+
+
+@pytest.fixture(scope="session")
 def smollm2_calibration(smollm2_path: Path, build_once: BuildOnce) -> str:
     """SmolLM2 calibrated as ``fasa calibrate`` does it by default."""
     return str(build_once("smollm2.fasa", lambda path: calibrate(smollm2_path, path)))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,29 @@ SETTINGS = {
     "think_end_ids": [77],
 }
 MAX_RUNNING = 12
-LONGEST_REPLY = 160
 POOL = 1100
 COMMON = {"skip_tokenizer_init": True, "max_running_requests": MAX_RUNNING}
 # Overlap scheduling, radix cache.
 SERVERS = [(True, True), (False, False), (True, False), (False, True)]
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What random conversations are made of.
+
+    Args:
+        count: Number of conversations.
+        longest_reply: In tokens.
+        prunes: Whether some requests prune.
+    """
+
+    count: int
+    longest_reply: int
+    prunes: bool
+
+    @property
+    def fasa_choices(self) -> list[Any]:
+        return DENSE + SPARSE + (PRUNING if self.prunes else [])
 
 
 async def send(
@@ -65,7 +84,7 @@ async def send(
 
 
 async def converse(
-    engine: Any, number: int, prefixes: list[list[int]], fasa_choices: list[Any]
+    engine: Any, number: int, prefixes: list[list[int]], traffic: Traffic
 ) -> list[dict[str, Any]]:
     """One request, and for some a follow-up over the whole conversation."""
     generator = random.Random(number)
@@ -74,8 +93,8 @@ async def converse(
     prompt = prompt + [generator.randrange(100, 8000) for _ in range(generator.randint(1, 60))]
     turns = []
     for turn in range(generator.choice((1, 1, 2))):
-        fasa = generator.choice(fasa_choices)
-        tokens = generator.choice((1, 40, LONGEST_REPLY))
+        fasa = generator.choice(traffic.fasa_choices)
+        tokens = generator.choice((1, 40, traffic.longest_reply))
         abort = generator.randint(1, 60) if generator.random() < 0.15 else None
         reply = await send(engine, prompt, fasa, tokens, f"{number}-{turn}", abort)
         turns.append({"prompt": prompt, "fasa": fasa, "tokens": tokens, "reply": reply})
@@ -87,15 +106,15 @@ async def converse(
 
 
 async def converse_all(
-    engine: Any, count: int, prefixes: list[list[int]], fasa_choices: list[Any]
+    engine: Any, prefixes: list[list[int]], traffic: Traffic
 ) -> list[dict[str, Any]]:
     running = asyncio.Semaphore(MAX_RUNNING)
 
     async def one(number: int) -> list[dict[str, Any]]:
         async with running:
-            return await converse(engine, number, prefixes, fasa_choices)
+            return await converse(engine, number, prefixes, traffic)
 
-    conversations = await asyncio.gather(*(one(number) for number in range(count)))
+    conversations = await asyncio.gather(*(one(number) for number in range(traffic.count)))
     return [turn for conversation in conversations for turn in conversation]
 
 
@@ -103,7 +122,7 @@ def is_aborted(reply: dict[str, Any]) -> bool:
     return reply["meta_info"]["finish_reason"]["type"] == "abort"
 
 
-def check_turns(turns: list[dict[str, Any]]) -> None:
+def check_turns(turns: list[dict[str, Any]], *, prunes: bool) -> None:
     """Check what the replies report, and that the draw covers pruning, aborts and retractions."""
     pruned = 0
     for turn in turns:
@@ -116,14 +135,14 @@ def check_turns(turns: list[dict[str, Any]]) -> None:
             assert report["pruned_tokens"] == 0
         if turn["fasa"] in DENSE:
             assert report["sparse_steps"] == 0
-    assert pruned > 100
+    assert pruned > 100 or not prunes
     aborted = [is_aborted(turn["reply"]) for turn in turns]
     assert any(aborted) and not all(aborted)
     retracted = sum(turn["reply"]["meta_info"].get("num_retractions", 0) for turn in turns)
     assert retracted > 0, "the pool was large enough for all requests at once"
 
 
-def divergences(model: Path, turns: Iterable[dict[str, Any]]) -> list[str]:
+def divergences(model: Path, turns: Iterable[dict[str, Any]], longest_reply: int) -> list[str]:
     """How replies differ from those of SGLang's own backend."""
     turns = list(turns)
     with running_engine(model, None, max_total_tokens=20000, **COMMON) as engine:
@@ -131,7 +150,7 @@ def divergences(model: Path, turns: Iterable[dict[str, Any]]) -> list[str]:
             engine,
             [turn["prompt"] for turn in turns],
             [None] * len(turns),
-            LONGEST_REPLY,
+            longest_reply,
             return_logprob=True,
         )
     problems = []
@@ -143,43 +162,61 @@ def divergences(model: Path, turns: Iterable[dict[str, Any]]) -> list[str]:
     return problems
 
 
-@pytest.mark.slow
-def test_random_requests_under_memory_pressure_leak_no_slot_and_leave_dense_replies_exact(
-    random_model: Path,
-    random_calibration: str,
-    draw: Callable[[Any, Any], Any],
-    monkeypatch: pytest.MonkeyPatch,
+def stress(
+    model: Path,
+    settings: dict[str, Any],
+    servers: Sequence[tuple[bool, bool]],
+    traffic: Traffic,
 ) -> None:
-    """Aborts, retractions, shared prefixes, follow-ups over sparse and pruned conversations.
-
-    SGLang checks the pool at every step and ends the server if a slot is missing or was freed
-    twice. A slot that two requests share would change a dense reply.
-    """
-    monkeypatch.setenv("SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY", "1")
+    """Send ``traffic`` to each of ``servers``, and check the pool and dense replies."""
     generator = random.Random(0)
     prefixes = [[generator.randrange(100, 8000) for _ in range(n)] for n in (20, 90, 200)]
-    count = draw(40, 900 if not torch.cuda.is_available() else 2000)
-    fasa_choices = DENSE + SPARSE + PRUNING
     dense_turns: list[dict[str, Any]] = []
-    for overlap, radix in SERVERS[: draw(2, 4)]:
+    for overlap, radix in servers:
         with running_engine(
-            random_model,
-            {**SETTINGS, "calibration": random_calibration, "prune_admission": radix},
+            model,
+            {**SETTINGS, **settings, "prune_admission": radix},
             max_total_tokens=POOL,
             schedule_conservativeness=0.01,
             disable_overlap_schedule=not overlap,
             disable_radix_cache=not radix,
             **COMMON,
         ) as engine:
-            conversations = converse_all(engine, count, prefixes, fasa_choices)
-            turns = engine.loop.run_until_complete(conversations)
+            turns = engine.loop.run_until_complete(converse_all(engine, prefixes, traffic))
             flush_cache(engine)
             # The pool is whole: the longest request that fits it still does.
             [last] = generate(engine, [[5] * (POOL - 50)], [None], 4)
             assert last["meta_info"]["completion_tokens"] == 4
-        check_turns(turns)
+        check_turns(turns, prunes=traffic.prunes)
         dense_turns += [
             turn for turn in turns if turn["fasa"] in DENSE and not is_aborted(turn["reply"])
         ]
-    problems = divergences(random_model, dense_turns)
+    problems = divergences(model, dense_turns, traffic.longest_reply)
     assert not problems, "\n".join(problems)
+
+
+@pytest.fixture(autouse=True)
+def strict_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang checks the pool at every step, and ends if a slot is missing or was freed twice."""
+    monkeypatch.setenv("SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY", "1")
+
+
+@pytest.mark.slow
+def test_random_requests_under_memory_pressure_leak_no_slot_and_leave_dense_replies_exact(
+    random_model: Path, random_calibration: str, draw: Callable[[Any, Any], Any]
+) -> None:
+    """Aborts, retractions, shared prefixes, follow-ups over sparse and pruned conversations.
+
+    A slot that two requests share would change a dense reply.
+    """
+    count = draw(40, 900 if not torch.cuda.is_available() else 2000)
+    traffic = Traffic(count, longest_reply=160, prunes=True)
+    stress(random_model, {"calibration": random_calibration}, SERVERS[: draw(2, 4)], traffic)
+
+
+@pytest.mark.slow
+def test_random_requests_to_gemma_leak_no_slot_and_leave_dense_replies_exact(
+    gemma_path: Path,
+) -> None:
+    """The same with sliding windows in 15 of 18 layers, which keep requests from pruning."""
+    stress(gemma_path, {}, SERVERS[:1], Traffic(200, longest_reply=60, prunes=False))

