@@ -1,0 +1,24 @@
+"""Families with experts, whose layers all attend to all tokens."""
+
+from __future__ import annotations
+
+from fasa_sglang.workloads.models.families.family import Family
+
+# All experts are used: a choice would turn a rounding difference into another token.
+EXPERTS = 2
+CHOICE = {"num_experts_per_tok": EXPERTS, "moe_intermediate_size": 128}
+
+FAMILIES = (
+    Family("qwen2_moe", {**CHOICE, "num_experts": EXPERTS, "shared_expert_intermediate_size": 128}),
+    Family("qwen3_moe", {**CHOICE, "num_experts": EXPERTS}),
+    Family("mixtral", {"num_experts_per_tok": EXPERTS, "num_local_experts": EXPERTS}),
+    Family(
+        "glm4_moe",
+        {**CHOICE, "n_routed_experts": EXPERTS, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+    ),
+    Family("granitemoe", {"num_experts_per_tok": EXPERTS, "num_local_experts": EXPERTS}, omitted=("head_dim",)),
+    Family("dots1", {**CHOICE, "n_routed_experts": EXPERTS, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}),
+    Family("minimax_m2", {"num_experts_per_tok": EXPERTS, "num_local_experts": EXPERTS, "rotary_dim": 32}),
+    Family("olmoe", {"num_experts_per_tok": EXPERTS, "num_experts": EXPERTS}, omitted=("head_dim",)),
+    Family("ernie4_5_moe", {"moe_k": EXPERTS, "moe_num_experts": EXPERTS, "moe_intermediate_size": 128, "moe_num_shared_experts": 1}, omitted=("head_dim",)),
+)

@@ -1,0 +1,98 @@
+"""Write a tiny random model of a family, and decode with it in transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fasa_sglang.workloads.models.families.family import NUM_LAYERS, Family
+
+VOCAB_SIZE = 512
+FIRST_WORD = 3
+"""Smallest token id that is not padding, a beginning or an end."""
+
+COMMON_CONFIG: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    # FlashInfer has kernels for it.
+    "head_dim": 64,
+    "max_position_embeddings": 1024,
+    # Attention is peaked enough for the choice of tokens to show, and replies differ by prompt.
+    "initializer_range": 0.1,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def write_tiny_model(family: Family, folder: Path, dtype: torch.dtype) -> None:
+    """Write a model with random weights, always the same ones, and a tokenizer with a token per byte.
+
+    Args:
+        family: The family.
+        folder: Where to write; created if it does not exist.
+        dtype: Dtype of the weights.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    common = {key: value for key, value in COMMON_CONFIG.items() if key not in family.omitted}
+    config = AutoConfig.for_model(family.model_type, **{**common, **family.config})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if name.endswith("sinks"):
+            # As large as logits, so that leaving them out changes replies.
+            parameter.data.normal_(3.0, 1.0)
+    model.to(dtype).save_pretrained(folder)
+    _write_byte_tokenizer(folder)
+
+
+def greedy_replies(
+    folder: Path, prompts: Sequence[Sequence[int]], new_tokens: int
+) -> list[list[int]]:
+    """Greedy replies of transformers, one prompt at a time.
+
+    Args:
+        folder: A folder that ``write_tiny_model`` wrote.
+        prompts: Token ids.
+        new_tokens: Length of every reply; an end token does not end it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", attn_implementation="eager")
+    replies = []
+    for prompt in prompts:
+        ids = torch.tensor([list(prompt)])
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            min_new_tokens=new_tokens,
+            max_new_tokens=new_tokens,
+            eos_token_id=None,
+        )
+        replies.append(output[0, len(prompt) :].tolist())
+    return replies
+
+
+def _write_byte_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<s>", "</s>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {text: token for token, text in enumerate([*special, *letters])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
