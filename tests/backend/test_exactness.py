@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from fasa_sglang.calibration import corpus
 from fasa_sglang.workloads.serving.engine import running_engine
-from serving import divergence, generate
+from fasa_sglang.workloads.serving.greedy import divergence, generate
 
 SERVER = {"chunked_prefill_size": 512, "max_total_tokens": 40000}
 SETTINGS = {"min_seq_len": 0, "max_budget": 8192}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fasa_sglang.workloads.serving.engine import flush_cache, running_engine
-from serving import divergence, generate
+from fasa_sglang.workloads.serving.greedy import divergence, generate
 
 FASA: list[Any] = [
     None,

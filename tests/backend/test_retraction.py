@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fasa_sglang.workloads.serving.engine import running_engine
-from serving import divergence, generate
+from fasa_sglang.workloads.serving.greedy import divergence, generate
 
 
 @pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "no-overlap"])

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fasa_sglang.workloads.serving.engine import flush_cache, running_engine
-from serving import divergence, generate
+from fasa_sglang.workloads.serving.greedy import divergence, generate
 
 DENSE: list[Any] = [None, False]
 SPARSE: list[Any] = [

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fasa_sglang.workloads.serving.engine import running_engine
-from serving import generate
+from fasa_sglang.workloads.serving.greedy import generate
 
 POOL, KEPT, NEW_TOKENS = 400, 40, 600
 PRUNE = {"budget": 30, "sink": 2, "recent": 4, "prune": "generated", "prune_budget": KEPT}

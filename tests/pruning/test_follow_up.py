@@ -13,7 +13,7 @@ import torch
 
 from fasa_sglang.workloads.serving.engine import flush_cache, running_engine
 from fasa_sglang.workloads.serving.forced import forced_request
-from serving import divergence, generate
+from fasa_sglang.workloads.serving.greedy import divergence, generate
 
 SPARSE = {"budget": 40, "sink": 2, "recent": 4}
 KEPT, INTERVAL = 30, 8

@@ -9,7 +9,7 @@ import torch
 
 from fasa_sglang.config import FasaConfig
 from fasa_sglang.workloads.serving.engine import flush_cache, running_engine
-from serving import generate
+from fasa_sglang.workloads.serving.greedy import generate
 
 PROMPT_LEN, KEPT = 1000, 512
 FASA = {"prune": "generated", "prune_budget": KEPT}

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fasa_sglang.workloads.serving.engine import flush_cache, running_engine
-from serving import divergence, generate
+from fasa_sglang.workloads.serving.greedy import divergence, generate
 
 KEPT, NEW_TOKENS = 40, 80
 PRUNE = {"budget": 30, "sink": 2, "recent": 4, "prune": "generated", "prune_budget": KEPT}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fasa_sglang.workloads.serving.engine import EAGER, running_engine
-from serving import divergence, generate
+from fasa_sglang.workloads.serving.greedy import divergence, generate
 
 KEPT, NEW_TOKENS = 24, 90
 PRUNE = {"prune": "generated", "prune_budget": KEPT, "budget": 4000, "sink": 0, "recent": 1}

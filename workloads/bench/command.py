@@ -1,12 +1,19 @@
-"""``fasa bench``: time kernels, servers, KV memory or an agent loop."""
+"""``fasa bench``: time kernels, servers, KV memory or an agent loop; try model families."""
 
 from __future__ import annotations
 
 import argparse
 
 from fasa_sglang.workloads.bench import agent, memory, ops, serve
+from fasa_sglang.workloads.bench.families import command as families
 
-BENCHMARKS = {"ops": ops, "serve": serve, "memory": memory, "agent": agent}
+BENCHMARKS = {
+    "ops": ops,
+    "serve": serve,
+    "memory": memory,
+    "agent": agent,
+    "families": families,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

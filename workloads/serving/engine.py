@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,14 @@ def device_arguments() -> dict[str, Any]:
     # SGLang's scheduler and the model share the cores; more threads would compete for them.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     return {**EAGER, "device": "cpu", "dtype": "float32", "mem_fraction_static": 0.3}
+
+
+def import_sglang() -> None:
+    """Import what SGLang's processes need, so that a fork of this process has it at once."""
+    device_arguments()  # the platform, which SGLang reads when it is imported
+    for module in ("entrypoints.engine", "managers.detokenizer_manager", "models.registry"):
+        import_module(f"sglang.srt.{module}")
+    import_module("sglang.srt.plugins").load_plugins()
 
 
 @contextmanager

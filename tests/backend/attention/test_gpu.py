@@ -11,7 +11,8 @@ import pytest
 
 from fasa_sglang.selectors import SELECTORS
 from fasa_sglang.workloads.serving.engine import EAGER, flush_cache, running_engine
-from serving import Agreement, agreeing_steps, generate, margins
+from fasa_sglang.workloads.serving.greedy import agreeing_steps, generate, margins
+from serving import Agreement
 
 pytestmark = pytest.mark.gpu
 

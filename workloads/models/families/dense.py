@@ -49,7 +49,11 @@ FAMILIES = (
     Family("olmo2", omitted=("head_dim",)),
     Family("granite", omitted=("head_dim",)),
     Family("gpt_neox", omitted=ONLY_MHA),
-    Family("gptj", {"n_embd": 256, "n_layer": 3, "n_head": 4, "rotary_dim": 32, "n_positions": 1024}, omitted=ONLY_MHA),
+    Family(
+        "gptj",
+        {"n_embd": 256, "n_layer": 3, "n_head": 4, "rotary_dim": 32, "n_positions": 1024},
+        omitted=ONLY_MHA,
+    ),
     Family("ernie4_5"),
     Family("seed_oss"),
     Family("gemma"),

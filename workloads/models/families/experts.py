@@ -14,11 +14,45 @@ FAMILIES = (
     Family("mixtral", {"num_experts_per_tok": EXPERTS, "num_local_experts": EXPERTS}),
     Family(
         "glm4_moe",
-        {**CHOICE, "n_routed_experts": EXPERTS, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+        {
+            **CHOICE,
+            "n_routed_experts": EXPERTS,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+        },
     ),
-    Family("granitemoe", {"num_experts_per_tok": EXPERTS, "num_local_experts": EXPERTS}, omitted=("head_dim",)),
-    Family("dots1", {**CHOICE, "n_routed_experts": EXPERTS, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}),
-    Family("minimax_m2", {"num_experts_per_tok": EXPERTS, "num_local_experts": EXPERTS, "rotary_dim": 32}),
-    Family("olmoe", {"num_experts_per_tok": EXPERTS, "num_experts": EXPERTS}, omitted=("head_dim",)),
-    Family("ernie4_5_moe", {"moe_k": EXPERTS, "moe_num_experts": EXPERTS, "moe_intermediate_size": 128, "moe_num_shared_experts": 1}, omitted=("head_dim",)),
+    Family(
+        "granitemoe",
+        {"num_experts_per_tok": EXPERTS, "num_local_experts": EXPERTS},
+        omitted=("head_dim",),
+    ),
+    Family(
+        "dots1",
+        {
+            **CHOICE,
+            "n_routed_experts": EXPERTS,
+            "n_shared_experts": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+        },
+    ),
+    Family(
+        "minimax_m2",
+        {"num_experts_per_tok": EXPERTS, "num_local_experts": EXPERTS, "rotary_dim": 32},
+    ),
+    Family(
+        "olmoe", {"num_experts_per_tok": EXPERTS, "num_experts": EXPERTS}, omitted=("head_dim",)
+    ),
+    Family(
+        "ernie4_5_moe",
+        {
+            "moe_k": EXPERTS,
+            "moe_num_experts": EXPERTS,
+            "moe_intermediate_size": 128,
+            "moe_num_shared_experts": 1,
+        },
+        omitted=("head_dim",),
+    ),
 )

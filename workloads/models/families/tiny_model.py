@@ -34,7 +34,7 @@ COMMON_CONFIG: dict[str, Any] = {
 
 
 def write_tiny_model(family: Family, folder: Path, dtype: torch.dtype) -> None:
-    """Write a model with random weights, always the same ones, and a tokenizer with a token per byte.
+    """Write a model with random weights, always the same, and a tokenizer of bytes.
 
     Args:
         family: The family.

@@ -1,0 +1,1 @@
+"""``fasa bench families``: serve a tiny model of every family, and compare sparse with dense."""

@@ -1,0 +1,80 @@
+"""Run every trial in a process of its own, because a server that ends ends its parent too."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import signal
+import tempfile
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from fasa_sglang.workloads.bench.families.trial import Trial, serve
+from fasa_sglang.workloads.models.families.table import FAMILIES
+from fasa_sglang.workloads.serving.engine import import_sglang
+
+TIMEOUT = 300.0
+"""Seconds until a trial that hangs is ended."""
+
+_EXCEPTION = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception)\w*(?:: (.*))?$", re.M)
+
+
+def run_trials(names: Iterable[str], report: Callable[[str, Trial], None]) -> dict[str, Trial]:
+    """Try families one after another.
+
+    Args:
+        names: Names of families.
+        report: Called with each name and trial as soon as it has ended.
+    """
+    # A fork has imported SGLang already, but a CUDA context does not survive it.
+    method = "spawn" if torch.cuda.is_available() else "fork"
+    if method == "fork":
+        import_sglang()
+    trials = {}
+    for name in names:
+        with tempfile.TemporaryDirectory(prefix="fasa-family-") as folder:
+            trials[name] = _run_trial(name, Path(folder), method)
+        report(name, trials[name])
+    return trials
+
+
+def _run_trial(name: str, folder: Path, method: str) -> Trial:
+    log, result = folder / "log", folder / "trial.json"
+    process = multiprocessing.get_context(method).Process(
+        target=_serve, args=(name, folder / "model", result, log)
+    )
+    process.start()
+    process.join(TIMEOUT)
+    hung = process.is_alive()
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid or 0, signal.SIGKILL)
+    process.join()
+    if result.exists():
+        return Trial.from_dict(json.loads(result.read_text()))
+    text = log.read_text(errors="replace")
+    sentence = f"no answer after {TIMEOUT} s" if hung else last_error(text)
+    return Trial(sglang=version("sglang"), sentence=sentence)
+
+
+def _serve(name: str, folder: Path, result: Path, log: Path) -> None:
+    """The process of a trial: the leader of a group, with a log of all that its children write."""
+    os.setsid()
+    descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    result.write_text(json.dumps(serve(FAMILIES[name], folder).to_dict()))
+
+
+def last_error(log: str) -> str:
+    """The message of the last exception in a log; the line that raised it if it has none."""
+    found = list(_EXCEPTION.finditer(log))
+    if not found:
+        return (log.strip().splitlines() or ["no output"])[-1]
+    message = found[-1].group(1)
+    return message or log[: found[-1].start()].rstrip().splitlines()[-1].strip()

@@ -1,0 +1,180 @@
+"""One trial: serve a family's tiny model, and compare its sparse replies with its dense ones."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fasa_sglang.calibration_cache import cached_calibration
+from fasa_sglang.dominant_fcs import DominantFCs
+from fasa_sglang.workloads.models.families.family import Family
+from fasa_sglang.workloads.models.families.tiny_model import (
+    FIRST_WORD,
+    VOCAB_SIZE,
+    greedy_replies,
+    write_tiny_model,
+)
+from fasa_sglang.workloads.serving.engine import running_engine
+from fasa_sglang.workloads.serving.greedy import agreeing_steps, divergence, generate
+
+PROMPT_LENGTHS = (40, 300, 700)
+NEW_TOKENS = 24
+# Covers every prompt with its reply; the other one reads a part of the longer two.
+COVERING, SMALL = {"budget": 4096}, {"budget": 40}
+SETTINGS = {"min_seq_len": 0, "max_budget": 4096, "num_dense_layers": 0}
+FLAGS = {
+    "max_total_tokens": 4096,
+    "max_running_requests": 4,
+    "cuda_graph_bs_decode": [1, 2, 4],
+    # FlashInfer's kernels for linear attention take minutes to compile.
+    "linear_attn_prefill_backend": "triton",
+}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What happened when a family's tiny model was served.
+
+    Args:
+        sglang: Version of SGLang.
+        sentence: What the server said before it ended; empty if it served.
+        num_layers: Layers of the model.
+        selecting: Those that select.
+        differences: Replies with a covering budget that are not the dense ones, in words.
+        sparse_steps: Sparse steps of the replies with a covering budget, by prompt.
+        same_when_small: Steps in which replies with a small budget agree with the dense ones,
+            before the first difference, by prompt.
+        same_in_transformers: The same for the greedy replies of transformers on a CPU; empty on a
+            GPU.
+        alike: Whether the dense replies to all prompts are the same, so that nothing was compared.
+    """
+
+    sglang: str
+    sentence: str = ""
+    num_layers: int = 0
+    selecting: tuple[int, ...] = ()
+    differences: tuple[str, ...] = ()
+    sparse_steps: tuple[int, ...] = ()
+    same_when_small: tuple[int, ...] = ()
+    same_in_transformers: tuple[int, ...] = ()
+    alike: bool = False
+
+    @property
+    def summary(self) -> str:
+        """One line for the terminal."""
+        if self.sentence:
+            return f"ended: {self.sentence}"
+        return (
+            f"layers {self.selecting} of {self.num_layers} select, {len(self.differences)} replies "
+            f"differ with a covering budget; tokens as dense with a small budget "
+            f"{self.same_when_small}, in transformers {self.same_in_transformers}"
+        )
+
+    def problems(self, family: Family, device: str) -> list[str]:
+        """What is not as the table of families says, in words.
+
+        Args:
+            family: The family that was tried.
+            device: ``cpu`` or ``cuda``.
+        """
+        expected = family.ends.get(device)
+        if expected is not None:
+            if expected in self.sentence:
+                return []
+            return [f"expected that the server ends with {expected!r}, got {self.sentence!r}"]
+        if self.sentence:
+            return [f"the server ended: {self.sentence}"]
+        problems = list(self.differences)
+        if self.alike:
+            problems.append("the dense replies to all prompts are the same")
+        if self.selecting != family.selecting:
+            problems.append(f"layers {self.selecting} select, expected {family.selecting}")
+        steps = NEW_TOKENS - 1
+        if self.sparse_steps != (steps,) * len(PROMPT_LENGTHS):
+            problems.append(f"{self.sparse_steps} sparse steps, expected {steps} in each reply")
+        return problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to JSON types; ``from_dict`` is the inverse."""
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, entries: Mapping[str, Any]) -> Trial:
+        """Convert from what ``to_dict`` returns."""
+        return cls(
+            **{
+                key: tuple(value) if isinstance(value, list) else value
+                for key, value in entries.items()
+            }
+        )
+
+
+def serve(family: Family, folder: Path) -> Trial:
+    """Serve a family's tiny model in float32 on a CPU or in bfloat16 on a GPU.
+
+    If the server ends at start, it ends this process too.
+
+    Args:
+        family: The family.
+        folder: An empty folder for the model.
+    """
+    on_gpu = torch.cuda.is_available()
+    write_tiny_model(family, folder, torch.bfloat16 if on_gpu else torch.float32)
+    calibration = cached_calibration(str(folder))
+    calibration.unlink(missing_ok=True)
+    try:
+        replies = _replies(folder)
+        shape = DominantFCs.load(calibration).model
+    finally:
+        calibration.unlink(missing_ok=True)
+    dense, covering, small = (replies[name] for name in ("dense", "covering", "small"))
+    differences = (divergence(*pair) for pair in zip(dense, covering, strict=True))
+    in_transformers = [] if on_gpu else greedy_replies(folder, _prompts(), NEW_TOKENS)
+    dense_ids = [reply["output_ids"] for reply in dense]
+    return Trial(
+        sglang=version("sglang"),
+        num_layers=shape.num_layers,
+        selecting=shape.layers,
+        differences=tuple(text for text in differences if text is not None),
+        sparse_steps=tuple(reply["meta_info"]["fasa"]["sparse_steps"] for reply in covering),
+        same_when_small=_agreement(dense_ids, [reply["output_ids"] for reply in small]),
+        same_in_transformers=_agreement(dense_ids, in_transformers),
+        alike=all(ids == dense_ids[0] for ids in dense_ids),
+    )
+
+
+def _replies(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    requests = {"dense": False, "covering": COVERING, "small": SMALL}
+    prompts = _prompts()
+    with running_engine(folder, SETTINGS, **FLAGS) as engine:
+        return {
+            name: generate(
+                engine,
+                prompts,
+                [fasa] * len(prompts),
+                NEW_TOKENS,
+                return_logprob=name == "dense",
+                ignore_eos=True,
+            )
+            for name, fasa in requests.items()
+        }
+
+
+def _prompts() -> list[list[int]]:
+    draw = random.Random(0)
+    return [
+        [draw.randrange(FIRST_WORD, VOCAB_SIZE) for _ in range(length)] for length in PROMPT_LENGTHS
+    ]
+
+
+def _agreement(expected: list[list[int]], got: list[list[int]]) -> tuple[int, ...]:
+    return tuple(agreeing_steps(*pair) for pair in zip(expected, got, strict=False))
