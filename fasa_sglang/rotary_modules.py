@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
 
+from fasa_sglang.errors import UnsupportedModelError
 from fasa_sglang.rope import Rotation, measure_rotation
 
 
@@ -41,7 +43,8 @@ def rotation_of(module: torch.nn.Module, head_dim: int) -> Rotation:
 
     def rotate(positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         positions, x = positions.to(device), x.to(device)
-        if hasattr(module, "inv_freq") and not hasattr(module, "cos_sin_cache"):
+        frequencies = [name for name, _ in module.named_buffers() if name.endswith("inv_freq")]
+        if frequencies and not hasattr(module, "cos_sin_cache"):
             return _rotate_by_tables(module, positions, x)
         # The float32 code that SGLang's kernels are tested against, where there is one.
         forward: Any = getattr(module, "forward_native", module.forward)
@@ -55,18 +58,30 @@ def rotation_of(module: torch.nn.Module, head_dim: int) -> Rotation:
 def _rotate_by_tables(
     module: torch.nn.Module, positions: torch.Tensor, x: torch.Tensor
 ) -> torch.Tensor:
-    """Rotate with tables of cosines and sines, whose halves are the pairs."""
+    """Rotate with cosines and sines, by the function that is beside the module for its model.
+
+    Raises:
+        UnsupportedModelError: There is no such function.
+    """
+    apply = getattr(import_module(type(module).__module__), "apply_rotary_pos_emb", None)
+    if apply is None:
+        raise UnsupportedModelError(
+            f"FASA measures rotary embeddings by applying them, but there is no "
+            f"apply_rotary_pos_emb beside {type(module).__name__}; serve this model with another "
+            "attention backend"
+        )
+    # Where each type of layers has frequencies of its own, only these layers are measured.
+    kind = ("full_attention",) if hasattr(module, "layer_types") else ()
     with torch.inference_mode():
-        cos, sin = (table.reshape(len(x), -1) for table in module(x[None], positions[None]))
-        if _has_column_per_pair(module, x):
-            cos, sin = cos.repeat(1, 2), sin.repeat(1, 2)
-    rotated, rest = x.split((cos.shape[-1], x.shape[-1] - cos.shape[-1]), dim=-1)
-    first, second = rotated.chunk(2, dim=-1)
-    return torch.cat((rotated * cos + torch.cat((-second, first), dim=-1) * sin, rest), dim=-1)
+        cos, sin = module(x[None], positions[None], *kind)
+        _, at_one = module(x[None, :1], torch.ones_like(positions[None, :1]), *kind)
+        rotary_dim = cos.shape[-1] * (2 if _has_column_per_pair(at_one.flatten()) else 1)
+        part = x[None, None, :, :rotary_dim]
+        rotated, _ = apply(part, part, cos, sin)
+    return torch.cat((rotated[0, 0], x[:, rotary_dim:]), dim=-1)
 
 
-def _has_column_per_pair(module: torch.nn.Module, x: torch.Tensor) -> bool:
-    """Whether the tables have one column per pair, as those of gpt-oss, instead of one per dim."""
-    _, sin = module(x[None, :1], torch.ones(1, 1, dtype=torch.int64, device=x.device))
-    first, second = sin.flatten().chunk(2)
-    return not torch.equal(first, second)
+def _has_column_per_pair(sin: torch.Tensor) -> bool:
+    """Whether a row of sines has one column per pair, as those of gpt-oss, instead of two."""
+    halves, neighbours = sin.chunk(2), (sin[::2], sin[1::2])
+    return not (torch.equal(*halves) or torch.equal(*neighbours))

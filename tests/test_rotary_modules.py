@@ -72,11 +72,21 @@ def assert_rotates(rotation: Rotation, rotated: torch.Tensor) -> None:
     torch.testing.assert_close(rotated.double(), expected, rtol=0, atol=2e-3)
 
 
+TITLES = {
+    "cohere": "Cohere",
+    "ernie4_5": "Ernie4_5",
+    "gpt_oss": "GptOss",
+    "llama": "Llama",
+    "phi": "Phi",
+    "qwen2": "Qwen2",
+}
+
+
 def rotary_of_transformers(name: str, **settings: Any) -> tuple[torch.nn.Module, Any]:
     """The rotary module of a model type, and the code that applies it."""
     code = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
     configs = importlib.import_module(f"transformers.models.{name}.configuration_{name}")
-    title = {"llama": "Llama", "qwen2": "Qwen2", "phi": "Phi", "gpt_oss": "GptOss"}[name]
+    title = TITLES[name]
     config = getattr(configs, f"{title}Config")(
         hidden_size=4 * HEAD_DIM, num_attention_heads=4, num_hidden_layers=1, **settings
     )
@@ -90,6 +100,9 @@ def rotary_of_transformers(name: str, **settings: Any) -> tuple[torch.nn.Module,
         ("llama", {"rope_parameters": {**LLAMA3, "rope_theta": 5e5}}, 64),
         ("llama", {"rope_parameters": {**YARN, "rope_theta": 1e4}}, 64),
         ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, 64),
+        # Neighbouring dims are the pairs: the columns of a pair are halves apart, or neighbours.
+        ("ernie4_5", {"head_dim": HEAD_DIM}, 64),
+        ("cohere", {}, 64),
         (
             "phi",
             {
@@ -104,7 +117,7 @@ def rotary_of_transformers(name: str, **settings: Any) -> tuple[torch.nn.Module,
         # Its tables have one column per pair.
         ("gpt_oss", {"head_dim": HEAD_DIM}, 64),
     ],
-    ids=["llama", "llama3", "yarn", "qwen2", "phi", "gpt-oss"],
+    ids=["llama", "llama3", "yarn", "qwen2", "ernie", "cohere", "phi", "gpt-oss"],
 )
 def test_rotation_of_a_module_of_transformers_is_what_it_applies(
     name: str, settings: dict[str, Any], rotary_dim: int
@@ -129,15 +142,16 @@ def test_rotation_of_gemma3_is_that_of_transformers() -> None:
         hidden_size=4 * HEAD_DIM, num_attention_heads=4, head_dim=HEAD_DIM, num_hidden_layers=6
     )
     reference, x = modeling_gemma3.Gemma3RotaryEmbedding(config), vectors()
-    rotations = []
+    rotations = {}
     for kind, parameters in dict(config.rope_parameters).items():
         cos, sin = reference(x[None], POSITIONS[None], kind)
         rotated, _ = modeling_gemma3.apply_rotary_pos_emb(x[None, None], x[None, None], cos, sin)
         config.rope_parameters = parameters
-        rotations.append(rotation_of(Gemma3RotaryEmbedding(config), HEAD_DIM))
-        assert_rotates(rotations[-1], rotated[0, 0])
-    first, second = rotations
-    assert not first.equals(second), "layers with windows have another base"
+        rotations[kind] = rotation_of(Gemma3RotaryEmbedding(config), HEAD_DIM)
+        assert_rotates(rotations[kind], rotated[0, 0])
+    full, windows = rotations["full_attention"], rotations["sliding_attention"]
+    assert not full.equals(windows), "layers with windows have another base"
+    assert rotation_of(reference, HEAD_DIM).equals(full), "only full attention is measured"
 
 
 PAIRS = {
@@ -187,6 +201,14 @@ def test_rotation_of_scaled_modules_is_the_same_in_sglang_and_transformers(
     theirs, _ = rotary_of_transformers("llama", rope_parameters={**scaling, "rope_theta": 1e4})
     ours = get_rope(64, 64, 4096, 10000, dtype=torch.float32, rope_scaling=scaling)
     assert rotation_of(ours, HEAD_DIM).equals(rotation_of(theirs, HEAD_DIM))
+
+
+def test_rotation_of_tables_without_their_function_names_the_module() -> None:
+    tables = DummyRotary()
+    tables.register_buffer("inv_freq", torch.ones(32))
+    message = "no apply_rotary_pos_emb beside DummyRotary"
+    with pytest.raises(UnsupportedModelError, match=message):
+        rotation_of(tables, HEAD_DIM)
 
 
 class Adding(torch.nn.Module):

@@ -46,9 +46,7 @@ def attention_layers(model: Module) -> list[AttentionLayer]:
     # Modules are shared by layers, and each is measured once.
     measured: dict[tuple[int, int], Rotation] = {}
     layers = []
-    for name, attention in modules.items():
-        if not isinstance(attention, RadixAttention):
-            continue
+    for name, attention in _named_attention(model).items():
         _require_causal(attention)
         parts = name.split(".")
         ancestors = [modules[".".join(parts[:depth])] for depth in range(len(parts))]
@@ -69,6 +67,23 @@ def attention_layers(model: Module) -> list[AttentionLayer]:
             rotation = measured[key] if measured[key].pairs else None
         layers.append(AttentionLayer(attention.layer_id, True, rotation, has_sinks))
     return sorted(layers, key=lambda layer: layer.layer)
+
+
+def _named_attention(model: Module) -> dict[str, RadixAttention]:
+    """The attention of every layer, by its name in the model or the name that it would have there.
+
+    Where SGLang runs transformers' code of a model, it keeps the attention in a dict by layer,
+    outside the modules, and the modules of transformers look it up by their ``layer_idx``.
+    """
+    modules = dict(model.named_modules())
+    found = {name: module for name, module in modules.items() if isinstance(module, RadixAttention)}
+    apart = getattr(model, "attention_instances", {})
+    callers = {
+        module.layer_idx: name
+        for name, module in modules.items()
+        if hasattr(module, "layer_idx") and hasattr(module, "is_causal")
+    }
+    return found | {f"{callers[layer]}.attn": attention for layer, attention in apart.items()}
 
 
 def _require_causal(attention: Any) -> None:

@@ -76,5 +76,5 @@ def last_error(log: str) -> str:
     found = list(_EXCEPTION.finditer(log))
     if not found:
         return (log.strip().splitlines() or ["no output"])[-1]
-    message = found[-1].group(1)
-    return message or log[: found[-1].start()].rstrip().splitlines()[-1].strip()
+    before = [line.strip(" ^~") for line in log[: found[-1].start()].splitlines()]
+    return found[-1].group(1) or next(filter(None, reversed(before)), found[-1].group())

@@ -25,6 +25,7 @@ from fasa_sglang.workloads.serving.greedy import agreeing_steps, divergence, gen
 
 PROMPT_LENGTHS = (40, 300, 700)
 NEW_TOKENS = 24
+MIN_DISTINCT = 3
 # Covers every prompt with its reply; the other one reads a part of the longer two.
 COVERING, SMALL = {"budget": 4096}, {"budget": 40}
 SETTINGS = {"min_seq_len": 0, "max_budget": 4096, "num_dense_layers": 0}
@@ -48,11 +49,13 @@ class Trial:
         selecting: Those that select.
         differences: Replies with a covering budget that are not the dense ones, in words.
         sparse_steps: Sparse steps of the replies with a covering budget, by prompt.
+        read_when_small: Share of the tokens that replies with a small budget read, by prompt.
         same_when_small: Steps in which replies with a small budget agree with the dense ones,
             before the first difference, by prompt.
         same_in_transformers: The same for the greedy replies of transformers on a CPU; empty on a
             GPU.
-        alike: Whether the dense replies to all prompts are the same, so that nothing was compared.
+        distinct: Distinct tokens of the dense replies, by prompt; if there are few, little was
+            compared.
     """
 
     sglang: str
@@ -61,9 +64,10 @@ class Trial:
     selecting: tuple[int, ...] = ()
     differences: tuple[str, ...] = ()
     sparse_steps: tuple[int, ...] = ()
+    read_when_small: tuple[float, ...] = ()
     same_when_small: tuple[int, ...] = ()
     same_in_transformers: tuple[int, ...] = ()
-    alike: bool = False
+    distinct: tuple[int, ...] = ()
 
     @property
     def summary(self) -> str:
@@ -72,7 +76,7 @@ class Trial:
             return f"ended: {self.sentence}"
         return (
             f"layers {self.selecting} of {self.num_layers} select, {len(self.differences)} replies "
-            f"differ with a covering budget; tokens as dense with a small budget "
+            f"differ with a covering budget; a small one reads {self.read_when_small}, and tokens are as dense "
             f"{self.same_when_small}, in transformers {self.same_in_transformers}"
         )
 
@@ -91,10 +95,12 @@ class Trial:
         if self.sentence:
             return [f"the server ended: {self.sentence}"]
         problems = list(self.differences)
-        if self.alike:
-            problems.append("the dense replies to all prompts are the same")
+        if min(self.distinct) < MIN_DISTINCT:
+            problems.append(f"dense replies of {self.distinct} distinct tokens compare little")
         if self.selecting != family.selecting:
             problems.append(f"layers {self.selecting} select, expected {family.selecting}")
+        if self.read_when_small and self.read_when_small[-1] > 1 / 2:
+            problems.append(f"a small budget reads {self.read_when_small[-1]:.0%} of the tokens")
         steps = NEW_TOKENS - 1
         if self.sparse_steps != (steps,) * len(PROMPT_LENGTHS):
             problems.append(f"{self.sparse_steps} sparse steps, expected {steps} in each reply")
@@ -146,9 +152,10 @@ def serve(family: Family, folder: Path) -> Trial:
         selecting=shape.layers,
         differences=tuple(text for text in differences if text is not None),
         sparse_steps=tuple(reply["meta_info"]["fasa"]["sparse_steps"] for reply in covering),
+        read_when_small=tuple(reply["meta_info"]["fasa"]["kv_read_ratio"] for reply in small),
         same_when_small=_agreement(dense_ids, [reply["output_ids"] for reply in small]),
         same_in_transformers=_agreement(dense_ids, in_transformers),
-        alike=all(ids == dense_ids[0] for ids in dense_ids),
+        distinct=tuple(len(set(ids)) for ids in dense_ids),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fasa_sglang.workloads.models.families.family import Family
 
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 LLAMA3_SCALING = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -25,6 +26,8 @@ LONGROPE_SCALING = {
     "long_factor": [1.0 + 0.05 * pair for pair in range(32)],
     "original_max_position_embeddings": 512,
 }
+# SGLang ties the embeddings of these types whatever the config says.
+TIED = {"tie_word_embeddings": True}
 # Multi-head attention: types without grouped queries.
 ONLY_MHA = ("num_key_value_heads", "head_dim")
 
@@ -36,16 +39,16 @@ FAMILIES = (
     Family("mistral with sliding_window", {"sliding_window": 256}),
     Family("glm"),
     Family("glm4"),
-    Family("cohere", omitted=("head_dim",)),
+    Family("cohere", TIED, omitted=("head_dim",)),
     Family("stablelm", {"partial_rotary_factor": 0.25}, omitted=("head_dim",)),
-    Family("phi", {"partial_rotary_factor": 0.5}, omitted=("head_dim",)),
+    Family("phi", {"partial_rotary_factor": 0.5, "intermediate_size": 1024}, omitted=ONLY_MHA),
     Family("phi3", omitted=("head_dim",)),
     Family(
         "phi3 with longrope",
         {"rope_parameters": LONGROPE_SCALING, "original_max_position_embeddings": 512},
         omitted=("head_dim",),
     ),
-    Family("olmo", omitted=("head_dim",)),
+    Family("olmo", omitted=ONLY_MHA),
     Family("olmo2", omitted=("head_dim",)),
     Family("granite", omitted=("head_dim",)),
     Family("gpt_neox", omitted=ONLY_MHA),
@@ -56,13 +59,13 @@ FAMILIES = (
     ),
     Family("ernie4_5"),
     Family("seed_oss"),
-    Family("gemma"),
+    Family("gemma", TIED),
     Family("starcoder2", omitted=("head_dim",)),
     Family("arcee"),
     Family("apertus", omitted=("head_dim",)),
     Family("persimmon", omitted=ONLY_MHA),
     Family("smollm3", omitted=("head_dim",)),
     Family("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 3}),
-    Family("hunyuan_v1_dense"),
+    Family("hunyuan_v1_dense", {"use_qk_norm": True}),
     Family("nemotron"),
 )

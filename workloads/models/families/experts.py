@@ -40,10 +40,18 @@ FAMILIES = (
     ),
     Family(
         "minimax_m2",
-        {"num_experts_per_tok": EXPERTS, "num_local_experts": EXPERTS, "rotary_dim": 32},
+        {
+            "num_experts_per_tok": EXPERTS,
+            "num_local_experts": EXPERTS,
+            "rotary_dim": 32,
+            "scoring_func": "sigmoid",
+            "use_qk_norm": True,
+        },
     ),
     Family(
-        "olmoe", {"num_experts_per_tok": EXPERTS, "num_experts": EXPERTS}, omitted=("head_dim",)
+        "olmoe",
+        {"num_experts_per_tok": EXPERTS, "num_experts": EXPERTS},
+        omitted=("head_dim", "num_key_value_heads"),
     ),
     Family(
         "ernie4_5_moe",
