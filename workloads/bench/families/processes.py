@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from fasa_sglang.errors import FasaError
 from fasa_sglang.workloads.bench.families.trial import Trial, serve
 from fasa_sglang.workloads.models.families.table import FAMILIES
 from fasa_sglang.workloads.serving.engine import import_sglang
@@ -22,7 +23,9 @@ from fasa_sglang.workloads.serving.engine import import_sglang
 TIMEOUT = 300.0
 """Seconds until a trial that hangs is ended."""
 
-_EXCEPTION = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception)\w*(?:: (.*))?$", re.M)
+_EXCEPTION = re.compile(
+    r"^(?:(?P<module>[\w.]+)\.)?\w*(?:Error|Exception)\w*(?:: (?P<message>.*))?$", re.M
+)
 
 
 def run_trials(names: Iterable[str], report: Callable[[str, Trial], None]) -> dict[str, Trial]:
@@ -57,9 +60,9 @@ def _run_trial(name: str, folder: Path, method: str) -> Trial:
     process.join()
     if result.exists():
         return Trial.from_dict(json.loads(result.read_text()))
-    text = log.read_text(errors="replace")
-    sentence = f"no answer after {TIMEOUT} s" if hung else last_error(text)
-    return Trial(sglang=version("sglang"), sentence=sentence)
+    if hung:
+        return Trial(sglang=version("sglang"), sentence=f"no answer after {TIMEOUT} s")
+    return ended(log.read_text(errors="replace"))
 
 
 def _serve(name: str, folder: Path, result: Path, log: Path) -> None:
@@ -71,10 +74,17 @@ def _serve(name: str, folder: Path, result: Path, log: Path) -> None:
     result.write_text(json.dumps(serve(FAMILIES[name], folder).to_dict()))
 
 
-def last_error(log: str) -> str:
-    """The message of the last exception in a log; the line that raised it if it has none."""
+def ended(log: str) -> Trial:
+    """The trial of a server that ended, by the last exception in its log.
+
+    An exception without a message is told by the line of code that raised it.
+    """
     found = list(_EXCEPTION.finditer(log))
-    if not found:
-        return (log.strip().splitlines() or ["no output"])[-1]
-    before = [line.strip(" ^~") for line in log[: found[-1].start()].splitlines()]
-    return found[-1].group(1) or next(filter(None, reversed(before)), found[-1].group())
+    end = found[-1].start() if found else len(log)
+    message = found[-1].group("message") if found else None
+    before = (line.strip(" ^~") for line in reversed(log[:end].splitlines()))
+    return Trial(
+        sglang=version("sglang"),
+        sentence=message or next(filter(None, before), "no output"),
+        refused=bool(found) and found[-1].group("module") == FasaError.__module__,
+    )

@@ -11,16 +11,17 @@ from fasa_sglang.workloads.models.families.table import FAMILIES
 
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 
+_LENGTHS = ", ".join(map(str, PROMPT_LENGTHS))
 _HEAD = f"""# Models that were tried
 
 Written by `bash scripts/models.sh`; do not edit. [How a server decides which layers
 select](deployment.md#models).
 
-One tiny model of each family, with random weights, was served with FASA: in float32 on a CPU, in
-bfloat16 on a GPU. "Served" means that, for prompts of {PROMPT_LENGTHS[0]}, {PROMPT_LENGTHS[1]} and
-{PROMPT_LENGTHS[2]} tokens, {NEW_TOKENS} tokens that were decoded sparsely with a budget of the whole
-context were those of dense decoding, up to near ties. Such a model shows that FASA reads the right
-keys, not how well it selects; [results.md](results.md) shows the latter.
+A tiny model of each family, with random weights, was served with FASA: in float32 on a CPU, in
+bfloat16 on a GPU. "Served" means that with a budget of the whole context, sparse decoding gave the
+tokens of dense decoding, {NEW_TOKENS} for each of three prompts of {_LENGTHS} tokens, up to
+near ties. This shows that FASA reads the right keys, not how well it selects;
+[results.md](results.md) shows the latter.
 
 The column "as transformers" is the number of dense tokens, of {NEW_TOKENS} for each prompt, before
 the first that differs from transformers' in float32. It concerns SGLang, not FASA.
@@ -60,18 +61,25 @@ def _row(cells: list[str] | tuple[str, ...]) -> str:
 
 
 def _cells(family: Family, trials: dict[str, Trial]) -> list[str]:
-    served = [device for device, trial in trials.items() if not trial.sentence]
-    ended = {DEVICES[d]: trial.sentence for d, trial in trials.items() if trial.sentence}
-    outcome = [f"served{family.note and ': '}{family.note}"] if served else []
-    outcome += [f"{device}: “{sentence}”" for device, sentence in ended.items()]
-    selecting = trials[served[0]].selecting if served else ()
-    layers = trials[served[0]].num_layers if served else 0
+    served = next((trial for trial in trials.values() if not trial.sentence), None)
+    outcomes = [
+        f"{DEVICES[device]}: {_outcome(trial)}"
+        for device, trial in trials.items()
+        if trial.sentence
+    ]
+    if served is not None:
+        outcomes.insert(0, "served")
+    suffix = family.name.removeprefix(family.model_type)
     tried = [f"random weights on a {DEVICES[device]}" for device in trials]
     return [
-        f"`{family.model_type}`{family.name.removeprefix(family.model_type)}",
-        f"{len(selecting)} of {layers}" if served else "",
-        "; ".join(outcome).replace("|", "\\|"),
-        "; ".join([*tried, *filter(None, [family.other_runs])]),
+        f"`{family.model_type}`{suffix}",
+        f"{len(served.selecting)} of {served.num_layers}" if served else "",
+        "; ".join([*outcomes, *filter(None, [family.note])]).replace("|", "\\|"),
+        ", ".join([*tried, *filter(None, [family.other_runs])]),
         ", ".join(sorted({trial.sglang for trial in trials.values()})),
         " ".join(map(str, trials["cpu"].same_in_transformers)) if "cpu" in trials else "",
     ]
+
+
+def _outcome(trial: Trial) -> str:
+    return f"{'refused' if trial.refused else 'SGLang ends'}, “{trial.sentence}”"

@@ -45,6 +45,7 @@ class Trial:
     Args:
         sglang: Version of SGLang.
         sentence: What the server said before it ended; empty if it served.
+        refused: Whether it was FASA that ended it.
         num_layers: Layers of the model.
         selecting: Those that select.
         differences: Replies with a covering budget that are not the dense ones, in words.
@@ -60,6 +61,7 @@ class Trial:
 
     sglang: str
     sentence: str = ""
+    refused: bool = False
     num_layers: int = 0
     selecting: tuple[int, ...] = ()
     differences: tuple[str, ...] = ()
@@ -73,10 +75,10 @@ class Trial:
     def summary(self) -> str:
         """One line for the terminal."""
         if self.sentence:
-            return f"ended: {self.sentence}"
+            return f"{'refused' if self.refused else 'SGLang ended'}: {self.sentence}"
         return (
             f"layers {self.selecting} of {self.num_layers} select, {len(self.differences)} replies "
-            f"differ with a covering budget; a small one reads {self.read_when_small}, and tokens are as dense "
+            f"differ with a covering budget; tokens as dense with a small budget "
             f"{self.same_when_small}, in transformers {self.same_in_transformers}"
         )
 

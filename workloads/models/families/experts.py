@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from fasa_sglang.workloads.models.families.family import Family
+from fasa_sglang.workloads.models.families.family import FALLBACK, Family
 
 # All experts are used: a choice would turn a rounding difference into another token.
 EXPERTS = 2
 CHOICE = {"num_experts_per_tok": EXPERTS, "moe_intermediate_size": 128}
 
 FAMILIES = (
-    Family("qwen2_moe", {**CHOICE, "num_experts": EXPERTS, "shared_expert_intermediate_size": 128}),
+    Family(
+        "qwen2_moe",
+        {**CHOICE, "num_experts": EXPERTS, "shared_expert_intermediate_size": 128},
+        ends={"cpu": "0 active drivers"},
+    ),
     Family("qwen3_moe", {**CHOICE, "num_experts": EXPERTS}),
     Family("mixtral", {"num_experts_per_tok": EXPERTS, "num_local_experts": EXPERTS}),
     Family(
@@ -37,6 +41,7 @@ FAMILIES = (
             "topk_group": 1,
             "first_k_dense_replace": 1,
         },
+        note=FALLBACK,
     ),
     Family(
         "minimax_m2",
@@ -47,6 +52,7 @@ FAMILIES = (
             "scoring_func": "sigmoid",
             "use_qk_norm": True,
         },
+        ends={"cpu": "x1.is_cuda"},
     ),
     Family(
         "olmoe",
@@ -61,6 +67,7 @@ FAMILIES = (
             "moe_intermediate_size": 128,
             "moe_num_shared_experts": 1,
         },
+        ends={"cpu": "Index tensor must have the same number of dimensions"},
         omitted=("head_dim",),
     ),
 )

@@ -7,6 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 NUM_LAYERS = 3
+FALLBACK = "SGLang runs transformers' code of it"
+IGNORED_WINDOW = "SGLang ignores the window"
+
+
+def everywhere(sentence: str) -> dict[str, str]:
+    """``Family.ends`` of a family that is not served on any device."""
+    return {"cpu": sentence, "cuda": sentence}
 
 
 @dataclass(frozen=True)
@@ -20,7 +27,7 @@ class Family:
         selecting: The layers that select.
         ends: For a device on which a server with the tiny model ends at start, ``cpu`` or
             ``cuda``: a part of the sentence that it ends with.
-        note: In what the served model differs from transformers', or who ends the server.
+        note: What a reader of the table should know, such as how SGLang differs from transformers.
         other_runs: Evidence from other models of the family, in words.
     """
 
