@@ -19,7 +19,7 @@ from fasa_sglang.workloads.models.families.table import FAMILIES
 # One of each kind: plain, by transformers' code and with interleaved pairs, with experts, with
 # windows, refused.
 SAMPLE = ("llama", "ernie4_5", "qwen3_moe", "gemma3_text", "deepseek_v3")
-ONLY_ON_GPUS = tuple(name for name, family in FAMILIES.items() if set(family.ends) == {"cpu"})
+ONLY_ON_GPUS = tuple(name for name, family in FAMILIES.items() if family.needs_gpu)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

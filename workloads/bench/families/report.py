@@ -62,24 +62,27 @@ def _row(cells: list[str] | tuple[str, ...]) -> str:
 
 def _cells(family: Family, trials: dict[str, Trial]) -> list[str]:
     served = next((trial for trial in trials.values() if not trial.sentence), None)
-    outcomes = [
-        f"{DEVICES[device]}: {_outcome(trial)}"
-        for device, trial in trials.items()
-        if trial.sentence
-    ]
-    if served is not None:
-        outcomes.insert(0, "served")
     suffix = family.name.removeprefix(family.model_type)
     tried = [f"random weights on a {DEVICES[device]}" for device in trials]
     return [
         f"`{family.model_type}`{suffix}",
         f"{len(served.selecting)} of {served.num_layers}" if served else "",
-        "; ".join([*outcomes, *filter(None, [family.note])]).replace("|", "\\|"),
+        "; ".join([*_outcomes(family, trials), *filter(None, [family.note])]).replace("|", "\\|"),
         ", ".join([*tried, *filter(None, [family.other_runs])]),
         ", ".join(sorted({trial.sglang for trial in trials.values()})),
         " ".join(map(str, trials["cpu"].same_in_transformers)) if "cpu" in trials else "",
     ]
 
 
+def _outcomes(family: Family, trials: dict[str, Trial]) -> list[str]:
+    texts = {device: _outcome(trial) for device, trial in trials.items()}
+    if len(set(texts.values())) > 1:
+        return [f"on a {DEVICES[device]} {text}" for device, text in texts.items()]
+    needs = ["needs a GPU"] if family.needs_gpu and "cuda" not in trials else []
+    return needs + list(dict.fromkeys(texts.values()))
+
+
 def _outcome(trial: Trial) -> str:
-    return f"{'refused' if trial.refused else 'SGLang ends'}, “{trial.sentence}”"
+    if not trial.sentence:
+        return "served"
+    return f"{'refused' if trial.refused else 'SGLang fails'}: “{trial.sentence}”"

@@ -51,7 +51,7 @@ FAMILIES = (
     Family("glm4"),
     Family("cohere", TIED, omitted=("head_dim",)),
     Family("stablelm", {"partial_rotary_factor": 0.25}, omitted=("head_dim",)),
-    Family("phi", {"partial_rotary_factor": 0.5, "intermediate_size": 1024}, omitted=ONLY_MHA),
+    Family("phi", {"partial_rotary_factor": 0.5, "n_inner": 256}, omitted=ONLY_MHA),
     Family("phi3", omitted=("head_dim",)),
     Family(
         "phi3 with longrope",
@@ -80,9 +80,10 @@ FAMILIES = (
         "exaone4",
         {
             "sliding_window": None,
-            "sliding_window_pattern": None,
             "layer_types": ["full_attention"] * 3,
         },
+        ends=everywhere("is required for Exaone4ForCausalLM, but got fasa"),
+        note="SGLang accepts three backends",
     ),
     Family(
         "hunyuan_v1_dense",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 NUM_LAYERS = 3
-FALLBACK = "SGLang runs transformers' code of it"
+FALLBACK = "SGLang runs transformers' code"
 IGNORED_WINDOW = "SGLang ignores the window"
 
 
@@ -38,6 +38,11 @@ class Family:
     ends: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
     other_runs: str = ""
+
+    @property
+    def needs_gpu(self) -> bool:
+        """Whether a server with the tiny model ends on a CPU alone."""
+        return set(self.ends) == {"cpu"}
 
     @property
     def model_type(self) -> str:

@@ -24,6 +24,7 @@ LINEAR = {
     "linear_key_head_dim": 128,
     "linear_value_head_dim": 128,
 }
+GPU_TESTS = "another random model on a GPU (test_gpu_hybrids.py)"
 NO_SNAPSHOTS = "requires platform support for Mamba cache state snapshots"
 
 FAMILIES = (
@@ -32,7 +33,12 @@ FAMILIES = (
         {**WINDOWS, **TIED, "query_pre_attn_scalar": 64, "hidden_act": "gelu_pytorch_tanh"},
         ends=everywhere("caps them at 50.0"),
     ),
-    Family("gemma3_text", {**WINDOWS, **TIED, "query_pre_attn_scalar": 64}, selecting=(1, 2)),
+    Family(
+        "gemma3_text",
+        {**WINDOWS, **TIED, "query_pre_attn_scalar": 64},
+        selecting=(1, 2),
+        other_runs=GPU_TESTS,
+    ),
     Family(
         "cohere2",
         {**WINDOWS, **TIED},
@@ -72,12 +78,14 @@ FAMILIES = (
         {**WINDOWS, "num_experts_per_tok": EXPERTS, "num_local_experts": EXPERTS},
         selecting=(1, 2),
         ends={"cpu": "does not read the separate KV pool of sliding windows"},
+        other_runs=GPU_TESTS,
     ),
     Family(
         "qwen3_next",
         {**LINEAR, **CHOICE, "num_experts": EXPERTS, "shared_expert_intermediate_size": 128},
         selecting=(1, 3),
         ends={"cpu": NO_SNAPSHOTS},
+        other_runs=GPU_TESTS,
     ),
     Family("qwen3_5_text", LINEAR, selecting=(1, 3), ends={"cpu": NO_SNAPSHOTS}),
     Family(
