@@ -18,6 +18,7 @@ SERVED = Trial(
     sglang="0.5.23",
     num_layers=3,
     selecting=(0, 1, 2),
+    same_when_covering=(24, 24, 24),
     sparse_steps=(NEW_TOKENS - 1,) * 3,
     read_when_small=(0.8, 0.2, 0.1),
     same_in_transformers=(24, 24, 24),
@@ -53,6 +54,7 @@ def test_ended_of_a_log_is_its_last_error(log: str, sentence: str, refused: bool
         (SERVED, None),
         (replace(SERVED, sentence="out of memory"), "the server ended: out of memory"),
         (replace(SERVED, differences=("step 3",)), "step 3"),
+        (replace(SERVED, same_when_covering=(3, 2, 4)), r"only \(3, 2, 4\) steps agree"),
         (replace(SERVED, selecting=(1,)), r"layers \(1,\) select, expected \(0, 1, 2\)"),
         (replace(SERVED, sparse_steps=(0, 0, 0)), "expected 23 in each reply"),
         (replace(SERVED, read_when_small=(1, 1, 1)), "a small budget reads 100% of the tokens"),
@@ -70,7 +72,10 @@ def test_problems_of_a_served_family_name_what_differs(trial: Trial, problem: st
 def test_problems_of_a_refused_family_are_other_sentences_and_service() -> None:
     family = Family("gemma2", ends={"cpu": "caps them"})
     assert family.needs_gpu
-    assert replace(SERVED, sentence="layer 1 caps them at 50").problems(family, "cpu") == []
+    refused = Trial(sglang="0.5.23", sentence="layer 1 caps them at 50", refused=True)
+    assert refused.problems(family, "cpu") == []
+    assert replace(refused, refused=False, fails_alone=True).problems(family, "cpu") == []
+    assert replace(refused, refused=False).problems(family, "cpu") == ["SGLang alone serves it"]
     assert len(replace(SERVED, sentence="out of memory").problems(family, "cpu")) == 1
     assert len(SERVED.problems(family, "cpu")) == 1
     assert SERVED.problems(family, "cuda") == []

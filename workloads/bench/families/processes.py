@@ -10,18 +10,22 @@ import signal
 import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from fasa_sglang.errors import FasaError
-from fasa_sglang.workloads.bench.families.trial import Trial, serve
+from fasa_sglang.workloads.bench.families.trial import Trial, serve, serve_without_fasa
+from fasa_sglang.workloads.models.families.family import Family
 from fasa_sglang.workloads.models.families.table import FAMILIES
 from fasa_sglang.workloads.serving.engine import import_sglang
 
-TIMEOUT = 300.0
+TIMEOUT = 600.0
 """Seconds until a trial that hangs is ended."""
+LOG, RESULT = "log", "trial.json"
+Serving = Callable[[Family, Path], Trial]
 
 _EXCEPTION = re.compile(
     r"^(?:(?P<module>[\w.]+)\.)?\w*(?:Error|Exception)\w*(?:: (?P<message>.*))?$", re.M
@@ -41,37 +45,42 @@ def run_trials(names: Iterable[str], report: Callable[[str, Trial], None]) -> di
         import_sglang()
     trials = {}
     for name in names:
-        with tempfile.TemporaryDirectory(prefix="fasa-family-") as folder:
-            trials[name] = _run_trial(name, Path(folder), method)
-        report(name, trials[name])
+        trial = _in_process(serve, name, method)
+        if trial.sentence and not trial.refused:
+            alone = _in_process(serve_without_fasa, name, method)
+            trial = replace(trial, fails_alone=bool(alone.sentence))
+        trials[name] = trial
+        report(name, trial)
     return trials
 
 
-def _run_trial(name: str, folder: Path, method: str) -> Trial:
-    log, result = folder / "log", folder / "trial.json"
-    process = multiprocessing.get_context(method).Process(
-        target=_serve, args=(name, folder / "model", result, log)
-    )
-    process.start()
-    process.join(TIMEOUT)
-    hung = process.is_alive()
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid or 0, signal.SIGKILL)
-    process.join()
-    if result.exists():
-        return Trial.from_dict(json.loads(result.read_text()))
-    if hung:
-        return Trial(sglang=version("sglang"), sentence=f"no answer after {TIMEOUT} s")
-    return ended(log.read_text(errors="replace"))
+def _in_process(serving: Serving, name: str, method: str) -> Trial:
+    with tempfile.TemporaryDirectory(prefix="fasa-family-") as temporary:
+        folder = Path(temporary)
+        process = multiprocessing.get_context(method).Process(
+            target=_write_trial, args=(serving, name, folder)
+        )
+        process.start()
+        process.join(TIMEOUT)
+        hung = process.is_alive()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid or 0, signal.SIGKILL)
+        process.join()
+        if (folder / RESULT).exists():
+            return Trial.from_dict(json.loads((folder / RESULT).read_text()))
+        if hung:
+            return Trial(sglang=version("sglang"), sentence=f"no answer after {TIMEOUT} s")
+        return ended((folder / LOG).read_text(errors="replace"))
 
 
-def _serve(name: str, folder: Path, result: Path, log: Path) -> None:
+def _write_trial(serving: Serving, name: str, folder: Path) -> None:
     """The process of a trial: the leader of a group, with a log of all that its children write."""
     os.setsid()
-    descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    descriptor = os.open(folder / LOG, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    result.write_text(json.dumps(serve(FAMILIES[name], folder).to_dict()))
+    trial = serving(FAMILIES[name], folder / "model")
+    (folder / RESULT).write_text(json.dumps(trial.to_dict()))
 
 
 def ended(log: str) -> Trial:

@@ -23,6 +23,8 @@ tokens of dense decoding, {NEW_TOKENS} for each of three prompts of {_LENGTHS} t
 near ties. This shows that FASA reads the right keys, not how well it selects;
 [results.md](results.md) shows the latter.
 
+"Refused" are models that FASA refuses. Where "SGLang fails", it does so without FASA, too.
+
 The column "as transformers" is the number of dense tokens, of {NEW_TOKENS} for each prompt, before
 the first that differs from transformers' in float32. It concerns SGLang, not FASA.
 
@@ -78,8 +80,10 @@ def _outcomes(family: Family, trials: dict[str, Trial]) -> list[str]:
     texts = {device: _outcome(trial) for device, trial in trials.items()}
     if len(set(texts.values())) > 1:
         return [f"on a {DEVICES[device]} {text}" for device, text in texts.items()]
-    needs = ["needs a GPU"] if family.needs_gpu and "cuda" not in trials else []
-    return needs + list(dict.fromkeys(texts.values()))
+    [text] = set(texts.values())
+    if family.needs_gpu and "cuda" not in trials:
+        return ["needs a GPU", f"on a CPU {text}"]
+    return [text]
 
 
 def _outcome(trial: Trial) -> str:
