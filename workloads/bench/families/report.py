@@ -41,10 +41,11 @@ def load_trials(folder: Path, device: str) -> dict[str, Trial]:
 
 
 def save_trials(folder: Path, device: str, trials: dict[str, Trial]) -> None:
-    """Write the outcomes of a device, in the order of the table of families."""
+    """Write the outcomes of a device, one per line, in the order of the table of families."""
     folder.mkdir(parents=True, exist_ok=True)
     entries = {name: trials[name].to_dict() for name in FAMILIES if name in trials}
-    (folder / f"{device}.json").write_text(json.dumps(entries, indent=1) + "\n")
+    lines = [f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries.items()]
+    (folder / f"{device}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def write_page(folder: Path) -> None:
