@@ -47,6 +47,7 @@ FAMILIES = (
     Family("qwen3"),
     Family("mistral", {"sliding_window": None}),
     Family("mistral with sliding_window", {"sliding_window": 256}, note=IGNORED_WINDOW),
+    Family("ministral3"),
     Family("glm", ends=everywhere("Unsupported TP style 'colwise_gather_output'"), note=FALLBACK),
     Family("glm4"),
     Family("cohere", TIED, omitted=("head_dim",)),

@@ -70,4 +70,25 @@ FAMILIES = (
         ends={"cpu": "Index tensor must have the same number of dimensions"},
         omitted=("head_dim",),
     ),
+    Family(
+        "hy_v3",
+        {
+            **CHOICE,
+            "num_experts": EXPERTS,
+            "num_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "route_norm": True,
+            "qk_norm": True,
+        },
+    ),
+    Family(
+        "granitemoehybrid",
+        {
+            "num_experts_per_tok": EXPERTS,
+            "num_local_experts": EXPERTS,
+            "layer_types": ["attention"] * 3,
+            "position_embedding_type": "rope",
+        },
+        omitted=("head_dim",),
+    ),
 )

@@ -89,6 +89,12 @@ FAMILIES = (
     ),
     Family("qwen3_5_text", LINEAR, selecting=(1, 3), ends={"cpu": NO_SNAPSHOTS}),
     Family(
+        "qwen3_5_moe_text",
+        {**LINEAR, **CHOICE, "num_experts": EXPERTS, "shared_expert_intermediate_size": 128},
+        selecting=(1, 3),
+        ends={"cpu": NO_SNAPSHOTS},
+    ),
+    Family(
         "deepseek_v3",
         {
             **CHOICE,
