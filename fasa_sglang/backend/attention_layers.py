@@ -74,15 +74,25 @@ def _named_attention(model: Module) -> dict[str, RadixAttention]:
 
     Where SGLang runs transformers' code of a model, it keeps the attention in a dict by layer,
     outside the modules, and the modules of transformers look it up by their ``layer_idx``.
+
+    Raises:
+        UnsupportedModelError: No module looks up a layer's attention.
     """
     modules = dict(model.named_modules())
     found = {name: module for name, module in modules.items() if isinstance(module, RadixAttention)}
-    apart = getattr(model, "attention_instances", {})
+    apart: dict[int, RadixAttention] = getattr(model, "attention_instances", {})
     callers = {
         module.layer_idx: name
         for name, module in modules.items()
-        if hasattr(module, "layer_idx") and hasattr(module, "is_causal")
+        if hasattr(module, "layer_idx") and getattr(module, "is_causal", False)
     }
+    missing = sorted(set(apart) - set(callers))
+    if missing:
+        raise UnsupportedModelError(
+            f"FASA does not find the modules of layers {', '.join(map(str, missing))} of "
+            f"{type(model).__name__}, which SGLang runs by transformers' code; serve this model "
+            "with another attention backend"
+        )
     return found | {f"{callers[layer]}.attn": attention for layer, attention in apart.items()}
 
 
