@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from fasa_sglang.workloads.models.byte_tokenizer import write_byte_tokenizer
+
 VOCAB_SIZE = 8192
 WINDOW = 64
 COMMON = {
@@ -140,17 +142,3 @@ def greedy_replies(
         output_ids = generated.sequences[0, len(prompt) :].tolist()
         replies.append({"output_ids": output_ids, "meta_info": meta_info})
     return replies
-
-
-def write_byte_tokenizer(folder: Path) -> None:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {letter: i for i, letter in enumerate(["<pad>", "<s>", "</s>", *letters])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    ).save_pretrained(folder)

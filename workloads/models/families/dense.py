@@ -90,7 +90,7 @@ FAMILIES = (
             "layer_types": ["full_attention"] * 3,
         },
         ends=everywhere("is required for Exaone4ForCausalLM, but got fasa"),
-        note="SGLang accepts three backends",
+        note="SGLang serves it with three backends only",
     ),
     Family(
         "hunyuan_v1_dense",

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fasa_sglang.workloads.models.byte_tokenizer import write_byte_tokenizer
 from fasa_sglang.workloads.models.families.family import NUM_LAYERS, Family
 
 VOCAB_SIZE = 512
@@ -56,7 +57,7 @@ def write_tiny_model(family: Family, folder: Path, dtype: torch.dtype) -> None:
             # the weight is a factor or is added to 1.
             parameter.data[::2] -= 2
     model.to(dtype).save_pretrained(folder)
-    _write_byte_tokenizer(folder)
+    write_byte_tokenizer(folder)
 
 
 def greedy_replies(
@@ -85,18 +86,3 @@ def greedy_replies(
         )
         replies.append(output[0, len(prompt) :].tolist())
     return replies
-
-
-def _write_byte_tokenizer(folder: Path) -> None:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<pad>", "<s>", "</s>"]
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {text: token for token, text in enumerate([*special, *letters])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(folder)
