@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from fasa_sglang.workloads.models.reference_replies import greedy_replies
 from fasa_sglang.workloads.serving.engine import flush_cache, running_engine
 from fasa_sglang.workloads.serving.greedy import generate
-from hybrid_models import HYBRID_MODELS, VOCAB_SIZE, greedy_replies, write_model
+from hybrid_models import HYBRID_MODELS, VOCAB_SIZE, write_model
 from serving import Agreement
 
 pytestmark = pytest.mark.gpu

@@ -17,9 +17,9 @@ from fasa_sglang.workloads.models.families.family import Family
 from fasa_sglang.workloads.models.families.tiny_model import (
     FIRST_WORD,
     VOCAB_SIZE,
-    greedy_replies,
     write_tiny_model,
 )
+from fasa_sglang.workloads.models.reference_replies import greedy_replies
 from fasa_sglang.workloads.serving.engine import running_engine
 from fasa_sglang.workloads.serving.greedy import agreeing_steps, divergence, generate
 
@@ -156,18 +156,17 @@ def serve(family: Family, folder: Path) -> Trial:
     differences = (divergence(*pair) for pair in zip(dense, covering, strict=True))
     on_gpu = torch.cuda.is_available()
     in_transformers = [] if on_gpu else greedy_replies(folder, _prompts(), NEW_TOKENS)
-    dense_ids = [reply["output_ids"] for reply in dense]
     return Trial(
         sglang=version("sglang"),
         num_layers=shape.num_layers,
         selecting=shape.layers,
         differences=tuple(text for text in differences if text is not None),
-        same_when_covering=_agreement(dense_ids, [reply["output_ids"] for reply in covering]),
+        same_when_covering=_agreement(dense, covering),
         sparse_steps=tuple(reply["meta_info"]["fasa"]["sparse_steps"] for reply in covering),
         read_when_small=tuple(reply["meta_info"]["fasa"]["kv_read_ratio"] for reply in small),
-        same_when_small=_agreement(dense_ids, [reply["output_ids"] for reply in small]),
-        same_in_transformers=_agreement(dense_ids, in_transformers),
-        distinct=tuple(len(set(ids)) for ids in dense_ids),
+        same_when_small=_agreement(dense, small),
+        same_in_transformers=_agreement(dense, in_transformers),
+        distinct=tuple(len(set(reply["output_ids"])) for reply in dense),
     )
 
 
@@ -208,5 +207,6 @@ def _prompts() -> list[list[int]]:
     ]
 
 
-def _agreement(expected: list[list[int]], got: list[list[int]]) -> tuple[int, ...]:
-    return tuple(agreeing_steps(*pair) for pair in zip(expected, got, strict=False))
+def _agreement(expected: list[dict[str, Any]], got: list[dict[str, Any]]) -> tuple[int, ...]:
+    pairs = zip(expected, got, strict=False)
+    return tuple(agreeing_steps(one["output_ids"], other["output_ids"]) for one, other in pairs)

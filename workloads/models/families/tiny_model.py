@@ -1,8 +1,7 @@
-"""Write a tiny random model of a family, and decode with it in transformers."""
+"""Write a tiny random model of a family."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,31 +57,3 @@ def write_tiny_model(family: Family, folder: Path, dtype: torch.dtype) -> None:
             parameter.data[::2] -= 2
     model.to(dtype).save_pretrained(folder)
     write_byte_tokenizer(folder)
-
-
-def greedy_replies(
-    folder: Path, prompts: Sequence[Sequence[int]], new_tokens: int
-) -> list[list[int]]:
-    """Greedy replies of transformers, one prompt at a time.
-
-    Args:
-        folder: A folder that ``write_tiny_model`` wrote.
-        prompts: Token ids.
-        new_tokens: Length of every reply; an end token does not end it.
-    """
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", attn_implementation="eager")
-    replies = []
-    for prompt in prompts:
-        ids = torch.tensor([list(prompt)])
-        output = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            min_new_tokens=new_tokens,
-            max_new_tokens=new_tokens,
-            eos_token_id=None,
-        )
-        replies.append(output[0, len(prompt) :].tolist())
-    return replies
