@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -57,9 +58,8 @@ def run_trials(names: Iterable[str], report: Callable[[str, Trial], None]) -> di
 def _in_process(serving: Serving, name: str, method: str) -> Trial:
     with tempfile.TemporaryDirectory(prefix="fasa-family-") as temporary:
         folder = Path(temporary)
-        process = multiprocessing.get_context(method).Process(
-            target=_write_trial, args=(serving, name, folder)
-        )
+        context: Any = multiprocessing.get_context(method)
+        process = context.Process(target=_write_trial, args=(serving, name, folder))
         process.start()
         process.join(TIMEOUT)
         hung = process.is_alive()

@@ -29,7 +29,7 @@ MIN_DISTINCT, MIN_AGREEMENT = 3, 1 / 3
 # Covers every prompt with its reply; the other one reads a part of the longer two.
 COVERING, SMALL = {"budget": 4096}, {"budget": 40}
 SETTINGS = {"min_seq_len": 0, "max_budget": 4096, "num_dense_layers": 0}
-FLAGS = {
+FLAGS: dict[str, Any] = {
     "max_total_tokens": 4096,
     "max_running_requests": 4,
     "cuda_graph_bs_decode": [1, 2, 4],
@@ -127,12 +127,11 @@ class Trial:
     @classmethod
     def from_dict(cls, entries: Mapping[str, Any]) -> Trial:
         """Convert from what ``to_dict`` returns."""
-        return cls(
-            **{
-                key: tuple(value) if isinstance(value, list) else value
-                for key, value in entries.items()
-            }
-        )
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in entries.items()
+        }
+        return cls(**values)
 
 
 def serve(family: Family, folder: Path) -> Trial:
