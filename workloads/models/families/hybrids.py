@@ -37,7 +37,7 @@ FAMILIES = (
         "gemma3_text",
         {**WINDOWS, **TIED, "query_pre_attn_scalar": 64},
         selecting=(1, 2),
-        other_runs=GPU_TESTS,
+        other_runs=f"real weights (Gemma-3-270M), {GPU_TESTS}",
     ),
     Family(
         "cohere2",
