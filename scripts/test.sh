@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run ruff, mypy and pytest, with all the set-up that they need. Requires Python 3.11 or newer.
 #   bash scripts/test.sh          slow tests run a small sample
-#   bash scripts/test.sh --all    slow tests run in full (about 45 minutes on two cores)
+#   bash scripts/test.sh --all    all tests, slow ones in full (more than an hour on two cores)
 # Other arguments go to pytest.
 cd "$(dirname "$0")/.."
 . scripts/environment.sh

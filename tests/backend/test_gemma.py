@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fasa_sglang.calibration import corpus
 from fasa_sglang.workloads.serving.engine import running_engine
-from serving import Agreement, generate
+from fasa_sglang.workloads.serving.greedy import generate
+from serving import Agreement
 
 pytestmark = pytest.mark.slow
 

@@ -92,6 +92,7 @@ def test_counters_equal_sum_of_replies(server: str) -> None:
     assert scrape(server)["label_cache_bytes"] == 6001 * (NUM_LAYERS - 1) * 2 * 16
 
 
+@pytest.mark.thorough
 def test_counters_with_pipeline_stages_count_each_step_once(
     tiny_path: Path,
     tiny_calibration: str,

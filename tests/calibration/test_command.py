@@ -139,7 +139,9 @@ def test_command_with_out_in_a_models_folder_is_refused(
     assert not out.exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.thorough)]
+)
 def test_command_ended_during_calibration_ends_all_processes_and_leaves_no_files(
     tiny_path: Path, tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +14,7 @@ from fasa_sglang.dominant_fcs import DominantFCs
 SMALL = ("--num-fcs", "8", "--tokens", "512", "--top-k", "32", "--num-queries", "8")
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.device_count() < 2, reason="needs two GPUs"
 )
@@ -26,12 +24,9 @@ def test_two_ranks_write_the_calibration_of_one(
     tiny_path: Path,
     tiny_calibration: str,
     tmp_path: Path,
-    draw: Callable[[Any, Any], Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each rank ranks the chunks of its own heads or layers; the first one writes them all."""
-    if parallelism not in draw(("--tp-size",), ("--tp-size", "--pp-size")):
-        pytest.skip("runs with --all")
     cores = sorted(os.sched_getaffinity(0))
     monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}")
     calibrate(tiny_path, tmp_path / "two.fasa", *SMALL, parallelism, "2")

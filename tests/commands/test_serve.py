@@ -172,7 +172,11 @@ def test_serve_phi3_with_a_short_context_serves_sparse_requests(
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 128 + signal.SIGINT)]
+    ("number", "code"),
+    [
+        (signal.SIGTERM, 0),
+        pytest.param(signal.SIGINT, 128 + signal.SIGINT, marks=pytest.mark.thorough),
+    ],
 )
 def test_serve_ended_during_calibration_ends_all_processes_and_leaves_no_files(
     tiny_path: Path, tmp_path: Path, number: signal.Signals, code: int

@@ -83,7 +83,7 @@ def test_transcript_copies_share_tokens_and_grow_independently(tiny_path: Path) 
     assert Transcript(None, "x").tokens() is None
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_bench_agent_answers_with_fasa_as_without(smollm2_path: Path, tmp_path: Path) -> None:
     """SmolLM2 can call the tool and read the code from its output."""
     report = tmp_path / "report.json"

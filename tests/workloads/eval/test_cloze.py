@@ -59,7 +59,7 @@ def test_samples_whose_encoding_shrinks_still_have_a_prompt(tokenizer: Any) -> N
     assert any(len(sample.data[0]) < LENGTH - 1 for sample in samples)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_cloze_scores_the_model_densely_and_less_when_pruned(
     tmp_path: Path, smollm2_path: Path, smollm2_calibration: str, tokenizer: Any
 ) -> None:

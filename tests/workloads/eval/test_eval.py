@@ -94,7 +94,7 @@ def test_eval_interrupted_and_continued_gives_the_same_summary(
             assert entry[metric] == target, (setting, metric)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_eval_agreement_forces_the_same_continuation_in_all_runs(
     tmp_path: Path, smollm2_path: Path, smollm2_calibration: str
 ) -> None:
