@@ -64,16 +64,16 @@ class Worksheet(SampleTask):
             )
             text = reply_text(program)
             look_ups = judge(program, text, token_starts(tokenizer, text)).look_ups
+            reply_len = len(reply_ids(tokenizer, program))
             info = {
                 "variables": len(program.start),
                 "rounds": program.rounds,
-                "reply_tokens": len(reply_ids(tokenizer, program)),
+                "reply_tokens": reply_len,
                 "look_ups": dict(Counter(map(distance_key, look_ups))),
                 "longest": max(each.distance or 0 for each in look_ups),
             }
-            max_new_tokens = info["reply_tokens"] + SPARE_TOKENS
             prompt = prompt_ids(tokenizer, program)
-            samples.append(Sample(f"{i}", prompt, max_new_tokens, info, program))
+            samples.append(Sample(f"{i}", prompt, reply_len + SPARE_TOKENS, info, program))
         return samples
 
     async def measure(

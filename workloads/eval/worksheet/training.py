@@ -67,6 +67,7 @@ def train(model: Any, tokenizer: Any, training: Training) -> dict[str, LoraLinea
     Raises:
         FasaError: The file to continue with is not an adapter of these layers and ranks.
     """
+    torch.manual_seed(0)
     adapters = attach(model, training.attention_rank, training.mlp_rank)
     # A continued training draws other programs than the one before.
     seed = "training"
@@ -95,7 +96,8 @@ def train(model: Any, tokenizer: Any, training: Training) -> dict[str, LoraLinea
         if step % REPORT_STEPS == 0:
             mean = sum(losses[-REPORT_STEPS:]) / REPORT_STEPS
             speed = tokens / clock.seconds
-            print(f"step {step}, {clock.seconds:.0f} s, loss {mean:.5f}, {speed:.0f} tokens/s")
+            text = f"step {step}, {clock.seconds:.0f} s, loss {mean:.5f}, {speed:.0f} tokens/s"
+            print(text, flush=True)
         if clock.seconds - saved > training.save_minutes * 60:
             save_adapter(training.adapter, training.base, adapters)
             saved = clock.seconds
