@@ -47,7 +47,7 @@ class AdaptedModel:
     Args:
         name: Start of the name of the Hugging Face folder that the two are merged into.
         base: Key of the base model in ``PACKAGED``.
-        adapter: Name of the adapter's file beside this module.
+        adapter: Name of the adapter's file in ``ADAPTERS``.
     """
 
     name: str
@@ -55,6 +55,8 @@ class AdaptedModel:
     adapter: str
 
 
+# Where the adapters are that come with this package.
+ADAPTERS = Path(__file__).parent
 # Help text of every ``--model`` option.
 MODEL_HELP = "folder, hub name, smollm2, gemma3-270m or qwen-coder; default: smollm2"
 PACKAGED: dict[str, PackagedModel | AdaptedModel] = {
@@ -143,7 +145,7 @@ def base_identity(name: str) -> str:
 
 
 def _adapted(model: AdaptedModel) -> Path:
-    adapter = Path(__file__).with_name(model.adapter)
+    adapter = ADAPTERS / model.adapter
     # A new release may bring a new adapter.
     digest = hashlib.sha256(adapter.read_bytes()).hexdigest()[:12]
     folder = cache_dir() / f"{model.name}-{digest}"

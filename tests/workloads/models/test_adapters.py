@@ -106,8 +106,8 @@ def test_adapted_model_is_merged_once_and_then_cached(
     expected = adapted(layer, file).state_dict()
     base = packaged.PackagedModel("Base", (), "a" * 64, "1 MB")
     monkeypatch.setitem(packaged.PACKAGED, "base", base)
-    # An absolute path replaces the folder of the package.
-    entry = packaged.AdaptedModel("Sums", "base", str(file))
+    monkeypatch.setattr(packaged, "ADAPTERS", tmp_path)
+    entry = packaged.AdaptedModel("Sums", "base", file.name)
     monkeypatch.setitem(packaged.PACKAGED, "sums", entry)
     folder = Path(packaged.find_model("sums"))
     assert folder.parent == tmp_path / "fasa-sglang" and folder.name.startswith("Sums-")
