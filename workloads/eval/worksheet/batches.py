@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from fasa_sglang.workloads.eval.worksheet.generator import MIN_VARIABLES
 from fasa_sglang.workloads.eval.worksheet.program import Program
 from fasa_sglang.workloads.eval.worksheet.prompt import draw_for_length, prompt_ids, reply_ids
 
-# Longer programs are trained on rarely enough that short ones are not forgotten.
+# A program of so many variables has look-backs of up to about 1600 tokens.
 MAX_VARIABLES = 128
 # About what a line takes; a program should have two rounds or more.
 LINE_TOKENS = 22
@@ -56,10 +55,10 @@ def draw_batch(seed: str, tokenizer: Any, reply_len: int, num_tokens: int) -> Ba
 
 
 def draw_sized(seed: str, tokenizer: Any, reply_len: int) -> Program:
-    """A program of two rounds or more, whose number of variables is drawn by its logarithm."""
+    """A program of any number of variables with which the reply has room for two rounds."""
     most = max(MIN_VARIABLES, min(MAX_VARIABLES, reply_len // (2 * LINE_TOKENS)))
-    exponent = random.Random(f"{seed}-size").uniform(math.log(MIN_VARIABLES), math.log(most + 1))
-    return draw_for_length(seed, tokenizer, min(most, int(math.exp(exponent))), reply_len)
+    num_variables = random.Random(f"{seed}-size").randint(MIN_VARIABLES, most)
+    return draw_for_length(seed, tokenizer, num_variables, reply_len)
 
 
 def pad(sequences: Sequence[tuple[list[int], list[int]]]) -> Batch:

@@ -11,9 +11,10 @@ from fasa_sglang.workloads.eval.worksheet.generator import MAX_ROUNDS, draw_prog
 from fasa_sglang.workloads.eval.worksheet.program import Program
 from fasa_sglang.workloads.serving.chat import chat_ids
 
+# Its names are no variables, so that their values are never taken for those of a program.
 TASK = (
     "Work this program off, one line per instruction, with the round and all values, as in "
-    "`01.7 key=45 + oak=82 -> zoo=27`. Values are modulo 100. End with the values of the answer."
+    "`01.7 a=45 + b=82 -> c=27`. Values are modulo 100. End with the values of the answer."
 )
 
 

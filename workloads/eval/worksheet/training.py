@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +33,7 @@ class Training:
         minutes: When to stop.
         adapter: The file to write; if it exists, training continues with it.
         base: Identity of the base model, which the file names.
-        lengths: Lengths of replies in tokens, rising; each is drawn equally often.
+        lengths: Lengths of replies in tokens, rising; once all are drawn, each is as often.
         batch_tokens: Tokens of a step.
         learning_rate: The highest; it follows the time that has passed.
         attention_rank: Rank of adapters of attention.
@@ -76,8 +77,6 @@ def train(model: Any, tokenizer: Any, training: Training) -> dict[str, LoraLinea
         seed = f"training-{training.adapter.stat().st_mtime_ns}"
     model.train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    # Checkpointed layers pass on gradients only if their input has some.
-    model.enable_input_require_grads()
     device = next(model.parameters()).device
     factors = [factor for layer in adapters.values() for factor in (layer.down, layer.up)]
     optimiser = torch.optim.AdamW(factors, lr=training.learning_rate, weight_decay=0.0)
@@ -132,9 +131,8 @@ def _batches(seed: str, tokenizer: Any, training: Training, clock: _Clock) -> It
     lengths = training.lengths
 
     def draw(step: int) -> Batch:
-        known = min(len(lengths), 1 + int(clock.share / GROWTH * len(lengths)))
-        # Prime to any small number of lengths, so that neighbouring steps differ in length.
-        reply_len = lengths[step * 7 % known]
+        grown = 1 + int(clock.share / GROWTH * len(lengths))
+        reply_len = random.Random(f"{seed}-{step}").choice(lengths[:grown])
         return draw_batch(f"{seed}-{step}", tokenizer, reply_len, training.batch_tokens)
 
     with ThreadPoolExecutor(1) as pool:
