@@ -34,7 +34,7 @@ def report_task(task: Task, results: Results, console: Console) -> None:
                 label=label,
                 path=str(results.folder / f"{metric}.png"),
             )
-    if task.distances:
+    if any(metric in entry for entry in entries for metric in task.distances):
         plot_distances(
             entries,
             task.distances,
