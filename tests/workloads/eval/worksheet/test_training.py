@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from fasa_sglang.errors import FasaError
 from fasa_sglang.workloads.eval.worksheet.batches import IGNORED, Batch, draw_batch, pad
-from fasa_sglang.workloads.eval.worksheet.held_out import held_out_accuracy
+from fasa_sglang.workloads.eval.worksheet.held_out import held_out_accuracy, reply_spans
 from fasa_sglang.workloads.eval.worksheet.loss import batch_loss, right_tokens
 from fasa_sglang.workloads.eval.worksheet.training import (
     Training,
@@ -138,6 +138,20 @@ def test_right_tokens_are_those_that_the_model_would_generate(model: Any) -> Non
 def test_held_out_accuracy_of_a_random_model_is_0(model: Any, tokenizer: Any) -> None:
     shares = held_out_accuracy(model, tokenizer, 700, 2)
     assert shares["replies"] == 0 and shares["lines"] < 0.2 and shares["tokens"] < 0.2
+
+
+def test_reply_spans_are_the_tokens_of_each_part(tokenizer: Any) -> None:
+    text = "01.1 oak=10 + key=25 -> zoo=35\n01.2 zoo=35 -> oak=35\nanswer: key=25"
+    ids = tokenizer(text).input_ids
+    parts = {
+        kind: [tokenizer.decode(ids[start:end]) for start, end in spans]
+        for kind, spans in reply_spans(tokenizer, text).items()
+    }
+    assert parts == {
+        "lines": text.splitlines(keepends=True),
+        "looked_up": ["10", "25", "35", "25"],
+        "results": ["35", "35"],
+    }
 
 
 def test_learning_rate_rises_and_falls() -> None:
