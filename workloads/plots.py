@@ -106,6 +106,34 @@ def plot_depths(
     figure.savefig(path, format="png", dpi=120)
 
 
+def plot_distances(
+    entries: Sequence[Mapping[str, Any]],
+    distances: Mapping[str, int],
+    *,
+    title: str,
+    path: str,
+) -> None:
+    """Draw the share of values found again against look-back distance, one line per setting.
+
+    Args:
+        entries: Entries of ``eval.summary.summarise``.
+        distances: Metrics to draw and the least distance in tokens that each counts.
+        title: Title of the figure.
+        path: The PNG file to write.
+    """
+    figure, axes = _canvas(title)
+    keys = sorted(distances, key=lambda key: distances[key])
+    for entry in entries:
+        points = [(i, entry[key]) for i, key in enumerate(keys) if key in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), "o-", label=entry["setting"])
+    axes.set_xticks(range(len(keys)), [f"{distances[key]}+" for key in keys])
+    axes.set_xlabel("look-back, tokens")
+    axes.set_ylabel("share of values found again")
+    axes.legend()
+    figure.savefig(path, format="png", dpi=120)
+
+
 def _canvas(title: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     FigureCanvasAgg(figure)

@@ -15,12 +15,12 @@ from fasa_sglang.workloads.eval.results import SUMMARY, Results
 from fasa_sglang.workloads.eval.settings import DENSE
 from fasa_sglang.workloads.eval.summary import summarise, summary_table
 from fasa_sglang.workloads.eval.task import Task
-from fasa_sglang.workloads.plots import plot_budgets, plot_depths
+from fasa_sglang.workloads.plots import plot_budgets, plot_depths, plot_distances
 
 
 def report_task(task: Task, results: Results, console: Console) -> None:
     """Print and draw the rows of one task, and write their summary."""
-    entries = summarise(results.rows, task.metrics)
+    entries = summarise(results.rows, [*task.metrics, *task.distances])
     console.print(summary_table(f"{task.name}: {results.folder}", entries, task.metrics))
     summary = {"conditions": results.conditions, "settings": entries}
     (results.folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
@@ -34,6 +34,13 @@ def report_task(task: Task, results: Results, console: Console) -> None:
                 label=label,
                 path=str(results.folder / f"{metric}.png"),
             )
+    if any(metric in entry for entry in entries for metric in task.distances):
+        plot_distances(
+            entries,
+            task.distances,
+            title=f"{task.name}, {model}",
+            path=str(results.folder / "distances.png"),
+        )
     if all("depth" in row.info for row in results.rows):
         for entry in entries:
             _draw_depths(task, results, entry["setting"])

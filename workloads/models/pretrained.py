@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from fasa_sglang.errors import FasaError
 
 
@@ -29,3 +31,10 @@ def load_tokenizer(model: str) -> Any:
         raise FasaError(
             f"{model} has no tokenizer ({reason}); expected a Hugging Face folder or hub name"
         ) from error
+
+
+def load_causal_lm(model: str, device: str, dtype: torch.dtype) -> torch.nn.Module:
+    """The language model of a folder, for forward passes outside SGLang."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device)
