@@ -150,7 +150,7 @@ def phi3_path(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return path
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_serve_phi3_with_a_short_context_serves_sparse_requests(
     phi3_path: Path, tmp_path: Path
 ) -> None:

@@ -68,7 +68,7 @@ def test_label_share_is_the_labels_part_of_a_token() -> None:
     assert label_share(shape) == pytest.approx(31 / 32 * 64 / 512)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_bench_serve_reports_every_engine_against_every_baseline(tmp_path: Path) -> None:
     """SGLang chooses its backend by itself; the report says which one it was."""
     import subprocess

@@ -50,7 +50,7 @@ def summary(out: Path, task: str) -> dict[str, Any]:
     }
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_eval_interrupted_and_continued_gives_the_same_summary(
     tmp_path: Path, smollm2_path: Path, smollm2_calibration: str
 ) -> None:
