@@ -90,10 +90,8 @@ def smollm2_path() -> Path:
 
 
 @pytest.fixture(scope="session")
-def gemma_path(request: pytest.FixtureRequest) -> Path:
-    """Gemma-3-270M. Its tests run with ``--all`` only: fetching it and starting it take minutes."""
-    if not request.config.getoption("--all"):
-        pytest.skip("Gemma-3-270M is tested with --all")
+def gemma_path() -> Path:
+    """Gemma-3-270M, for tests that are marked ``thorough``."""
     from fasa_sglang.workloads.models.packaged import packaged_model
 
     return packaged_model("gemma3-270m")

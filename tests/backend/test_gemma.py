@@ -15,7 +15,8 @@ from fasa_sglang.workloads.serving.engine import running_engine
 from fasa_sglang.workloads.serving.greedy import generate
 from serving import Agreement
 
-pytestmark = pytest.mark.slow
+# Fetching the model and starting it take minutes.
+pytestmark = pytest.mark.thorough
 
 LENGTHS = (2048, 4096, 8192)
 NEW_TOKENS = 24

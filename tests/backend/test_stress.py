@@ -214,7 +214,7 @@ def test_random_requests_under_memory_pressure_leak_no_slot_and_leave_dense_repl
     stress(random_model, {"calibration": random_calibration}, SERVERS[: draw(2, 4)], traffic)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_random_requests_to_gemma_leak_no_slot_and_leave_dense_replies_exact(
     gemma_path: Path,
 ) -> None:

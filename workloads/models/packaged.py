@@ -140,7 +140,9 @@ def base_identity(name: str) -> str:
     model = PACKAGED.get(name)
     if not isinstance(model, PackagedModel):
         bases = [key for key, each in PACKAGED.items() if isinstance(each, PackagedModel)]
-        raise FasaError(f"{name} is no base of an adapter, expected one of {', '.join(bases)}")
+        raise FasaError(
+            f"{name} cannot be the base of an adapter, expected one of {', '.join(bases)}"
+        )
     return model.sha256
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from fasa_sglang.workloads.models.pretrained import load_causal_lm
+
 
 def greedy_replies(
     folder: Path, prompts: Sequence[list[int]], num_tokens: int
@@ -19,10 +21,8 @@ def greedy_replies(
         prompts: Prompts as token ids.
         num_tokens: Length of every reply.
     """
-    from transformers import AutoModelForCausalLM
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+    model: Any = load_causal_lm(str(folder), device, torch.float32)
     model.generation_config.eos_token_id = None
     replies = []
     for prompt in prompts:

@@ -92,12 +92,12 @@ def test_page_tells_devices_apart_where_they_differ(tmp_path: Path) -> None:
     assert "| on a CPU refused: “a \\| b”; on a GPU served |" in page
 
 
-def test_docs_show_the_outcomes_that_are_kept(tmp_path: Path) -> None:
-    kept = load_trials(DOCS / "models", "cpu")
-    assert set(kept) == set(FAMILIES), "run scripts/models.sh"
+def test_docs_show_the_stored_outcomes(tmp_path: Path) -> None:
+    stored = load_trials(DOCS / "models", "cpu")
+    assert set(stored) == set(FAMILIES), "run scripts/models.sh"
     for device in ("cpu", "cuda"):
         save_trials(tmp_path / "models", device, load_trials(DOCS / "models", device))
     write_page(tmp_path / "models")
     assert (tmp_path / "models.md").read_text() == (DOCS / "models.md").read_text()
-    problems = {name: trial.problems(FAMILIES[name], "cpu") for name, trial in kept.items()}
+    problems = {name: trial.problems(FAMILIES[name], "cpu") for name, trial in stored.items()}
     assert {name: found for name, found in problems.items() if found} == {}

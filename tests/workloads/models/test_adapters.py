@@ -119,5 +119,7 @@ def test_adapted_model_is_merged_once_and_then_cached(
 
 def test_base_identity_of_no_base_is_refused() -> None:
     assert packaged.base_identity("qwen-coder") == packaged.PACKAGED["qwen-coder"].sha256
-    with pytest.raises(FasaError, match="tinyllama is no base of an adapter, expected one of smol"):
+    with pytest.raises(
+        FasaError, match="tinyllama cannot be the base of an adapter, expected one of smol"
+    ):
         packaged.base_identity("tinyllama")

@@ -1,8 +1,8 @@
 """Serve a tiny random model of every model family, and write what happened as a table.
 
 Each model is served once, and its replies with a budget that covers the whole context must be those
-of dense decoding. The outcomes are kept per device, so that the table shows runs on a CPU and on a
-GPU together.
+of dense decoding. The outcomes are stored per device, so that the table shows runs on a CPU and on
+a GPU together.
 """
 
 from __future__ import annotations

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from fasa_sglang.workloads.eval.worksheet.program import Program, stated
-
-ANSWER = "answer:"
+from fasa_sglang.workloads.eval.worksheet.program import ANSWER, Program, stated
 
 
 def expected_lines(program: Program) -> list[str]:
@@ -18,5 +16,5 @@ def expected_lines(program: Program) -> list[str]:
         results = instruction.results(operands)
         values.update(zip(instruction.targets, results, strict=True))
         lines.append(f"{program.label(step)} {instruction.text(operands, results)}")
-    answers = " ".join(stated(name, values[name]) for name in program.asked)
+    answers = " ".join(stated(name, values[name]) for name in program.answer_names)
     return [*lines, f"{ANSWER} {answers}"]

@@ -18,7 +18,7 @@ SWAP_SHARE = 0.05
 REACH = 0.6
 # Each operand is the one of so many candidates that was stated longest ago.
 CANDIDATES = 3
-NUM_ASKED = 4
+NUM_ANSWERS = 4
 # Fewer leave some instruction without two operands in reach.
 MIN_VARIABLES = 4
 MAX_ROUNDS = 99
@@ -74,5 +74,5 @@ def draw_program(rng: random.Random, num_variables: int, rounds: int) -> Program
             stated_at[name] = i
     start = {name: rng.randrange(MODULUS) for name in names}
     recent = [name for name in names if length - written_at[name] <= REACH * length]
-    asked = rng.sample(recent, min(NUM_ASKED, len(recent)))
-    return Program(start, tuple(instructions), rounds, tuple(asked))
+    answer_names = rng.sample(recent, min(NUM_ANSWERS, len(recent)))
+    return Program(start, tuple(instructions), rounds, tuple(answer_names))

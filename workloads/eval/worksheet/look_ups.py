@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fasa_sglang.workloads.eval.worksheet.execution import ANSWER
-from fasa_sglang.workloads.eval.worksheet.program import Program
+from fasa_sglang.workloads.eval.worksheet.program import ANSWER, Program
 
 STATEMENT = re.compile(r"(\w+)=(\d\d)\b")
 VALUE = re.compile(r"=\d\d\b")
@@ -67,7 +66,7 @@ def judge(program: Program, reply: str, token_starts: Sequence[int]) -> Judgemen
     values = dict(program.start)
     stated_at: dict[str, int] = {}
     steps = {f"{program.label(i)} {program.instruction(i).text()}": i for i in range(program.steps)}
-    answer = f"{ANSWER} {' '.join(program.asked)}"
+    answer = f"{ANSWER} {' '.join(program.answer_names)}"
     position = 0
     for number, line in enumerate(reply.split("\n")):
         bare = VALUE.sub("", line)
@@ -82,7 +81,7 @@ def judge(program: Program, reply: str, token_starts: Sequence[int]) -> Judgemen
             num_operands = len(instruction.operands)
             expected = num_operands + len(instruction.targets)
         elif bare == answer:
-            num_operands = expected = len(program.asked)
+            num_operands = expected = len(program.answer_names)
             answer = ""
         else:
             continue

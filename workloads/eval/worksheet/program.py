@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 MODULUS = 100
+# Begins the last line of the program and of the reply.
+ANSWER = "answer:"
 COPY, SWAP = "copy", "<>"
 OPERATORS = ("+", "-", "max", "min", COPY, SWAP)
 
@@ -56,19 +58,19 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Program:
-    """A program and the names whose final values are asked for.
+    """A program and the names whose final values are its answer.
 
     Args:
         start: Value of every variable at the start.
         instructions: Executed in this order, in each round.
         rounds: How often.
-        asked: Names of the final values.
+        answer_names: Names whose final values are the answer.
     """
 
     start: Mapping[str, int]
     instructions: tuple[Instruction, ...]
     rounds: int
-    asked: tuple[str, ...]
+    answer_names: tuple[str, ...]
 
     def label(self, step: int) -> str:
         """Round and number of the instruction of a step, such as ``03.17``; steps count from 0."""
@@ -93,7 +95,7 @@ class Program:
         start = " ".join(stated(name, value) for name, value in self.start.items())
         lines = [f"start: {start}", f"repeat {self.rounds:02} rounds:"]
         lines += [f"{self.number(i)} {each.text()}" for i, each in enumerate(self.instructions)]
-        return "\n".join([*lines, f"answer: {' '.join(self.asked)}"])
+        return "\n".join([*lines, f"{ANSWER} {' '.join(self.answer_names)}"])
 
 
 def stated(name: str, value: int) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fasa_sglang.workloads.eval.worksheet.execution import ANSWER, expected_lines
+from fasa_sglang.workloads.eval.worksheet.execution import expected_lines
 from fasa_sglang.workloads.eval.worksheet.look_ups import STATEMENT, LookUp, judge
-from fasa_sglang.workloads.eval.worksheet.program import Program
+from fasa_sglang.workloads.eval.worksheet.program import ANSWER, Program
 
 # Lower ends of the ranges of look-back distances, in tokens.
 DISTANCES = (0, 256, 512, 1024, 2048, 4096)
@@ -32,8 +32,8 @@ def score(program: Program, reply: str, token_starts: Sequence[int]) -> dict[str
     judgement = judge(program, reply, token_starts)
     answers = _right_answers(program, reply)
     metrics = {
-        "solved": float(answers == len(program.asked)),
-        "answers": answers / len(program.asked),
+        "solved": float(answers == len(program.answer_names)),
+        "answers": answers / len(program.answer_names),
         "lines": _right_lines(program, reply),
     }
     groups = {"look_up": [each.right for each in judgement.look_ups], "results": judgement.results}

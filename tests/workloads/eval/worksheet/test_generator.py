@@ -111,7 +111,7 @@ def test_draw_program_out_of_range_is_refused(num_variables: int, rounds: int, r
 def test_draw_for_length_fills_the_reply(tokenizer: Any) -> None:
     for reply_len in (600, 2000):
         drawn = draw_for_length("0", tokenizer, 12, reply_len)
-        longer = Program(drawn.start, drawn.instructions, drawn.rounds + 1, drawn.asked)
+        longer = Program(drawn.start, drawn.instructions, drawn.rounds + 1, drawn.answer_names)
         assert len(reply_ids(tokenizer, drawn)) <= reply_len < len(reply_ids(tokenizer, longer))
     with pytest.raises(FasaError, match=r"one round of 40 variables takes \d+ tokens, more than"):
         draw_for_length("0", tokenizer, 40, 600)
