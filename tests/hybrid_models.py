@@ -36,7 +36,8 @@ def gemma3() -> Any:
 
     layer_types = ["sliding_attention", "full_attention"] * 3
     config = Gemma3TextConfig(
-        **COMMON,
+        # SGLang takes Gemma's output matrix to be the embedding and skips another one.
+        **{**COMMON, "tie_word_embeddings": True},
         num_hidden_layers=len(layer_types),
         head_dim=64,
         query_pre_attn_scalar=64,
@@ -45,6 +46,9 @@ def gemma3() -> Any:
     )
     model = Gemma3ForCausalLM(config)
     for layer, kind in zip(model.model.layers, layer_types, strict=True):
+        # Offsets from 1. With small ones, a tied model repeats its last token.
+        layer.post_attention_layernorm.weight.data.fill_(7.0)
+        layer.post_feedforward_layernorm.weight.data.fill_(3.0)
         if kind == "full_attention":
             # Peaked attention, so that leaving tokens out changes replies; an offset from 1.
             layer.self_attn.q_norm.weight.data.fill_(0.7)

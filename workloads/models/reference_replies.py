@@ -14,21 +14,23 @@ from fasa_sglang.workloads.models.pretrained import load_causal_lm
 def greedy_replies(
     folder: Path, prompts: Sequence[list[int]], num_tokens: int
 ) -> list[dict[str, Any]]:
-    """What a model replies in float32 by the code of transformers, in the form of SGLang's replies.
+    """What a model replies by the code of transformers, in float32 on a CPU.
 
     Args:
         folder: The model.
         prompts: Prompts as token ids.
         num_tokens: Length of every reply.
+
+    Returns:
+        The replies, with the parts of SGLang's replies that comparisons read.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any = load_causal_lm(str(folder), device, torch.float32)
+    model: Any = load_causal_lm(str(folder), "cpu", torch.float32)
     model.generation_config.eos_token_id = None
     replies = []
     for prompt in prompts:
         generated = model.generate(
-            torch.tensor([prompt], device=device),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64, device=device),
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
             do_sample=False,
             max_new_tokens=num_tokens,
             output_logits=True,

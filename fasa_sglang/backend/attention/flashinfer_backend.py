@@ -19,6 +19,7 @@ from sglang.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend
 from fasa_sglang.backend.attention.base import FasaBackend
 from fasa_sglang.backend.attention.sparse_decode import SparseDecode
 from fasa_sglang.backend.attention.variant import Variant
+from fasa_sglang.backend.attention.window_slots import WindowSlots
 from fasa_sglang.backend.host import SUPPORTED_VERSIONS, full_attention_pool
 from fasa_sglang.backend.served_model import served_model
 from fasa_sglang.backend.step import LaneStep
@@ -73,6 +74,7 @@ class FasaFlashInferAttnBackend(FasaBackend, FlashInferAttnBackend):
             )
         # With sliding windows in some layers SGLang has two wrappers, the first one for windows.
         self._full_wrapper = len(self.decode_wrappers) - 1
+        self._window_slots = WindowSlots(self)
         self._graph_buffers: PlannerBuffers | None = None
         self._graph_decodes: dict[int, SparseDecode] = {}
         self._eager_buffers: PlannerBuffers | None = None
@@ -107,8 +109,11 @@ class FasaFlashInferAttnBackend(FasaBackend, FlashInferAttnBackend):
         if decoding:
             self.variant = self.capturing or self._needed()
         super().init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
-        if decoding and not in_capture:
-            self.pruner.rows_were_read()
+        if decoding:
+            wrappers = self.decode_cuda_graph_metadata[forward_batch.batch_size]
+            self._window_slots.translate(wrappers[0], forward_batch)
+            if not in_capture:
+                self.pruner.rows_were_read()
         if self.variant is Variant.DENSE:
             return
         batch_size = forward_batch.batch_size
@@ -125,6 +130,7 @@ class FasaFlashInferAttnBackend(FasaBackend, FlashInferAttnBackend):
         super().init_forward_metadata(forward_batch)
         decoding = forward_batch.forward_mode.is_decode_or_idle()
         if decoding:
+            self._window_slots.translate(self.decode_wrappers[0], forward_batch)
             self.pruner.rows_were_read()
         self.variant = self._needed() if decoding else Variant.DENSE
         if self.variant is Variant.DENSE:

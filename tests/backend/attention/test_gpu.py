@@ -216,7 +216,7 @@ def test_real_weights_with_covering_budgets_equal_dense(
 ) -> None:
     """Every token up to a step at which dense's own lead is within bfloat16's rounding.
 
-    Most steps have to agree, nearly as many as those of two dense runs in different batches.
+    Most steps have to agree, nearly as many as those of dense runs with two attention kernels.
     """
     from transformers import AutoTokenizer
 
@@ -236,27 +236,28 @@ def test_real_weights_with_covering_budgets_equal_dense(
     common |= {"max_running_requests": 16}
     with running_engine(smollm2_path, None, **common) as engine:
         dense = generate(engine, texts, [None] * count, 64, return_logprob=True, ignore_eos=True)
-        flush_cache(engine)
-        again = generate(engine, texts[::-1], [None] * count, 64, ignore_eos=True)[::-1]
+    with running_engine(smollm2_path, None, baseline="triton", **common) as engine:
+        triton = generate(engine, texts, [None] * count, 64, ignore_eos=True)
     with running_engine(smollm2_path, settings, **common) as engine:
         sparse = generate(engine, texts, [COVERED] * count, 64, ignore_eos=True)
     problems = []
-    sparse_steps = dense_steps = 0
-    for expected, got, other in zip(dense, sparse, again, strict=True):
+    sparse_steps = triton_steps = 0
+    for expected, got, other in zip(dense, sparse, triton, strict=True):
         assert got["meta_info"]["fasa"]["sparse_steps"] == 63
         leads = [*margins(expected), float("inf")]
-        step, own = (agreeing_steps(expected["output_ids"], r["output_ids"]) for r in (got, other))
+        ids = expected["output_ids"]
+        step, step_of_triton = (agreeing_steps(ids, reply["output_ids"]) for reply in (got, other))
         tokens = expected["meta_info"]["prompt_tokens"]
         print(
-            f"{tokens} tokens: differs at step {step} with lead {leads[step]:.3f}, "
-            f"dense with itself at {own} with {leads[own]:.3f}"
+            f"{tokens} tokens: differs at step {step} with lead {leads[step]:.3f}, Triton's at "
+            f"{step_of_triton} with {leads[step_of_triton]:.3f}"
         )
-        if step < 64 and leads[step] > 2 * ROUNDING:
+        if step < 64 and leads[step] > 2 * ROUNDING + 1e-3:  # log-probabilities are rounded, too
             problems.append(f"{tokens} tokens differ at step {step}, lead {leads[step]:.3f}")
-        sparse_steps, dense_steps = sparse_steps + step, dense_steps + own
-    print(f"of {64 * count} steps {sparse_steps} agree, {dense_steps} of dense with itself")
+        sparse_steps, triton_steps = sparse_steps + step, triton_steps + step_of_triton
+    print(f"of {64 * count} steps {sparse_steps} agree, {triton_steps} with Triton's kernels")
     assert not problems, "\n".join(problems)
-    assert sparse_steps > 0.8 * dense_steps
+    assert sparse_steps > 0.8 * triton_steps
 
 
 @pytest.mark.slow

@@ -51,6 +51,8 @@ FAMILIES = (
             "rotary_dim": 32,
             "scoring_func": "sigmoid",
             "use_qk_norm": True,
+            # On a GPU, SGLang has no other sigmoid gate.
+            "use_routing_bias": True,
         },
         ends={"cpu": "x1.is_cuda"},
     ),
