@@ -19,9 +19,11 @@ import urllib.error
 import urllib.request
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from fasa_sglang.workloads.serving.engine import import_sglang
 from serving import free_port
 
 PARALLEL = 2
@@ -134,19 +136,11 @@ def _serve(arguments: list[str], environment: dict[str, str], log: Path) -> None
         os._exit(code)
 
 
-def _import_sglang() -> None:
-    import sglang.launch_server
-    import sglang.srt.entrypoints.http_server
-    import sglang.srt.managers.detokenizer_manager
-    import sglang.srt.managers.scheduler
-    import sglang.srt.models.registry
-
-    sglang.launch_server.load_plugins()
-
-
 def main(startups: Path, outcomes: Path) -> None:
     """Run all start-ups, ``PARALLEL`` at a time."""
-    _import_sglang()
+    import_sglang()
+    for module in ("launch_server", "srt.entrypoints.http_server", "srt.managers.scheduler"):
+        import_module(f"sglang.{module}")
     waiting = json.loads(startups.read_text())
     running: dict[str, ForkedServer] = {}
     ended: dict[str, Any] = {}

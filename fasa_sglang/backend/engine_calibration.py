@@ -23,6 +23,7 @@ from fasa_sglang.backend.attention.base import FasaBackend
 from fasa_sglang.backend.attention.query_samples import QuerySamples
 from fasa_sglang.backend.host import full_attention_backend, resolved_args
 from fasa_sglang.backend.prefill import Prefill
+from fasa_sglang.backend.prefill_backend import fasa_prefills
 from fasa_sglang.backend.ranks import gather
 from fasa_sglang.backend.rotation_check import rotates
 from fasa_sglang.backend.served_calibration import (
@@ -65,7 +66,11 @@ def calibrate_at_start(*, model_runner: Any, eager_runner: Any, **kwargs: Any) -
     # The runner gets these attributes when all graphs are captured.
     model_runner.eager_runner = eager_runner
     model_runner.prefill_cuda_graph_runner = model_runner.decode_cuda_graph_runner = None
-    with torch.inference_mode(), _memory_errors_explained(model_runner):
+    with (
+        torch.inference_mode(),
+        fasa_prefills(model_runner),
+        _memory_errors_explained(model_runner),
+    ):
         backend.use_calibration(EngineCalibration(model_runner, backend).run())
 
 

@@ -15,6 +15,7 @@ from fasa_sglang.backend import (
     api,
     engine_calibration,
     exact_prefix,
+    prefill_backend,
     pruner,
     reports,
     served,
@@ -179,6 +180,12 @@ HOOKS: tuple[Hook, ...] = (
         base.plan_step,
         _AFTER,
         "has the requests of the batch and the runner's backend, just before a forward pass",
+    ),
+    Hook(
+        f"{_RUNNER}.forward",
+        prefill_backend.label_prefilled_keys,
+        _AFTER,
+        "all layers have stored their keys, whichever backend prefills",
     ),
     Hook(
         f"{_RESULTS}.SchedulerBatchResultProcessor._maybe_collect_customized_info",

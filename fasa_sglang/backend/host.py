@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from sglang.srt.arg_groups.overrides import attention_backends_of, resolved_view
 from sglang.srt.environ import envs
+from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.mem_cache.common import release_kv_cache
 from sglang.srt.model_executor import pool_configurator
@@ -83,11 +84,24 @@ def set_extend_range(req: Any, start: int, end: int, row: torch.Tensor | None) -
 
 
 def full_attention_backend(runner: Any) -> Any:
-    """The backend that serves the runner's full attention layers; None before there is one.
+    """The backend of decode steps in full attention layers; None before there is one.
 
-    SGLang wraps it for models that have linear attention in other layers.
+    SGLang wraps it for models that have linear attention in other layers, and combines it with a
+    backend of its own for prefill, in either order.
     """
-    backend = getattr(runner, "attn_backend", None)
+    backend = _without_linear(getattr(runner, "attn_backend", None))
+    if isinstance(backend, HybridAttnBackend):
+        backend = _without_linear(backend.decode_backend)
+    return backend
+
+
+def split_backend(runner: Any) -> HybridAttnBackend | None:
+    """SGLang's combination of a prefill and a decode backend; None if one backend runs both."""
+    backend = _without_linear(runner.attn_backend)
+    return backend if isinstance(backend, HybridAttnBackend) else None
+
+
+def _without_linear(backend: Any) -> Any:
     return getattr(backend, "full_attn_backend", backend)
 
 

@@ -26,6 +26,8 @@ from fasa_sglang.names import BACKEND_NAME
 from fasa_sglang.ops.label_format import LABEL_FORMATS
 
 HEAD_DIMS = (64, 128, 256)
+# Backends that may prefill. Other ones may store keys elsewhere or in another layout.
+PREFILL_BACKENDS = (BACKEND_NAME, "fa3", "flashinfer", "triton", "torch_native")
 
 _NO_LABELS = "it loads keys that have no labels"
 _NO_CHECK = "requests would bypass the process that reads fasa and returns its report"
@@ -87,13 +89,7 @@ def require_supported_host(runner: Any) -> None:
     _require_hooks()
     require_flags(runner.server_args)
     require_environment()
-    prefill, decode = attention_backends(runner.server_args)
-    if (prefill, decode) != (BACKEND_NAME, BACKEND_NAME):
-        raise UnsupportedHostError(
-            "FASA must serve both prefill, which writes labels, and decode, which reads them; got "
-            f"{prefill!r} for prefill and {decode!r} for decode; start with --attention-backend "
-            "fasa alone"
-        )
+    _require_backends(runner)
     pool = full_attention_pool(runner.token_to_kv_pool)
     if type(pool) is not MHATokenToKVPool:
         raise UnsupportedHostError(
@@ -161,6 +157,27 @@ def require_environment() -> None:
                 f"FASA does not work with {name}={value!r} in the environment ({reason}); unset "
                 "it, or use another attention backend"
             )
+
+
+def _require_backends(runner: Any) -> None:
+    prefill, decode = attention_backends(runner.server_args)
+    if decode != BACKEND_NAME:
+        raise UnsupportedHostError(
+            f"FASA selects tokens in decode steps, which {decode!r} would run; start with "
+            "--attention-backend fasa alone, or with --decode-attention-backend fasa"
+        )
+    if prefill not in PREFILL_BACKENDS:
+        raise UnsupportedHostError(
+            f"FASA works with prefill by {', '.join(PREFILL_BACKENDS)}, got {prefill!r}; leave out "
+            "--prefill-attention-backend"
+        )
+    windows = runner.sliding_window_size is not None
+    if prefill == "flashinfer" and (windows or served_model(runner.model_config).has_sink_logits):
+        raise UnsupportedHostError(
+            "SGLang's prefill by flashinfer has no attention sinks and ignores sliding windows in "
+            "prompts without a cached prefix, and this model needs them; leave out "
+            "--prefill-attention-backend"
+        )
 
 
 def _require_optional(name: str) -> None:

@@ -17,8 +17,8 @@ from fasa_sglang.requests import FasaRequest, parse_request
 
 
 def uses_fasa(server_args: Any) -> bool:
-    """Whether both prefill and decode run on our backend; a server with only one does not start."""
-    return attention_backends(server_args) == (BACKEND_NAME, BACKEND_NAME)
+    """Whether decode runs on our backend; a server on which only prefill does not start."""
+    return attention_backends(server_args)[1] == BACKEND_NAME
 
 
 def serves_on_flashinfer(runner: Any) -> bool:

@@ -20,11 +20,7 @@ from typing import Any, NoReturn
 from fasa_sglang.config import OVERRIDES_FLAG, json_object
 from fasa_sglang.errors import ConfigError
 
-BACKEND_FLAGS = (
-    "attention_backend",
-    "decode_attention_backend",
-    "prefill_attention_backend",
-)
+BACKEND_FLAGS = ("attention_backend", "decode_attention_backend")
 FIELDS = (
     "model_path",
     "revision",

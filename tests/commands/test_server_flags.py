@@ -66,11 +66,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "missing config file": (["M", "--config", "/no/such.yaml"], "/no/such.yaml"),
     **{
         " ".join(flags): (["M", *flags], f"got {name} torch_native; leave the flag out")
-        for name in (
-            "--attention-backend",
-            "--decode-attention-backend",
-            "--prefill-attention-backend",
-        )
+        for name in ("--attention-backend", "--decode-attention-backend")
         for flags in ([name, "torch_native"], [f"{name}=torch_native"])
     },
     "abbreviation": (["M", "--attention-back", "triton"], "got --attention-backend triton"),

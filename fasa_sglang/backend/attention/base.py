@@ -134,20 +134,18 @@ class FasaBackend:
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """SGLang's dense prefill; the last layer also labels the new keys of all layers.
+        """SGLang's dense prefill; shows its queries while the model is calibrated.
 
         Arguments and result are those of SGLang's ``AttentionBackend.forward_extend``.
         """
         if self.sampling is not None:
             self.sampling.take(layer, q, forward_batch)
-        out = super().forward_extend(  # type: ignore[misc]
+        return super().forward_extend(  # type: ignore[misc]
             q, k, v, layer, forward_batch, *args, **kwargs
         )
-        self.write_labels(layer, forward_batch)
-        return out
 
     def write_labels(self, layer: Any, forward_batch: Any) -> None:
-        """Label the new keys of all layers, once the last layer has stored its keys.
+        """Label a decode step's keys of all layers, once the last layer has stored its keys.
 
         One write per step is enough: a step never needs the label of the current token, which is
         always selected.
