@@ -15,4 +15,4 @@ TRITON_INTERPRET=1 pytest -q tests/ops/test_*kernels.py
 # one would spin while the other computes. If a worker dies (an engine kills its parent when its
 # scheduler fails), the run ends, because a new worker would only start the same test again.
 export OMP_NUM_THREADS=1
-exec pytest -n 2 --dist loadfile --max-worker-restart 0 "$@"
+exec pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 "$@"

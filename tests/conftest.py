@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import runpy
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from fasa_sglang.names import PLATFORM_NAME
 from serving import running_server, server_command
 
 BuildOnce = Callable[[str, Callable[[Path], None]], Path]
+
+# A shell lets its background jobs ignore Ctrl-C, and so would the servers that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if not torch.cuda.is_available():
     # Read when SGLang is imported, which forked processes do not do again.

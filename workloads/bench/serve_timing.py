@@ -107,17 +107,22 @@ def add_speedups(rows: Sequence[Row], baselines: Sequence[str]) -> None:
 def _ttft(engine: Any, prompts: list[list[int]], fasa: Any) -> float:
     """Median time to the first token of all cold prompts; leaves them in the prefix cache."""
     times = []
-    for _ in range(REPEATS if len(prompts) * len(prompts[0]) <= SHORT_PREFILL else 1):
+    repeats = _repeats(prompts) if len(prompts) * len(prompts[0]) <= SHORT_PREFILL else 1
+    for _ in range(repeats):
         flush_cache(engine)
         times.append(_generate(engine, prompts, fasa, 1)[0])
     return statistics.median(times) * 1e3
+
+
+def _repeats(prompts: list[list[int]]) -> int:
+    return SHORT_PROMPT_REPEATS if len(prompts[0]) <= SHORT_PROMPT else REPEATS
 
 
 def _tpot(
     engine: Any, prompts: list[list[int]], fasa: Any, output_tokens: int
 ) -> tuple[float, float | None]:
     first, whole = [], []
-    for _ in range(SHORT_PROMPT_REPEATS if len(prompts[0]) <= SHORT_PROMPT else REPEATS):
+    for _ in range(_repeats(prompts)):
         first.append(_generate(engine, prompts, fasa, 1)[0])
         seconds, replies = _generate(engine, prompts, fasa, output_tokens)
         whole.append(seconds)

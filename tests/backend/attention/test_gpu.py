@@ -211,6 +211,44 @@ def test_comparison_selectors_share_a_batch_and_each_has_its_own_effect(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("prefill", ["fa3", "triton"])
+def test_keys_get_labels_whichever_backend_prefills(
+    random_model: Path, random_calibration: str, prefill: str
+) -> None:
+    """Covering budgets equal SGLang with the same two backends, and small ones select as ever."""
+    settings = {"calibration": random_calibration, "min_seq_len": 0, "max_budget": 8192}
+    split = {**COMMON, "prefill_attention_backend": prefill}
+    small = [{"budget": 128}] * 8
+    recent = [{"budget": 101, "recent": 100, "sink": 0}] * 8
+
+    def reply(engine: Any, batch: list[Any]) -> list[dict[str, Any]]:
+        flush_cache(engine)
+        return generate(engine, prompts(), batch, NEW_TOKENS, return_logprob=True, ignore_eos=True)
+
+    with running_engine(random_model, None, **split) as engine:
+        dense = reply(engine, [None] * 8)
+    with running_engine(random_model, settings, **COMMON) as engine:
+        own = reply(engine, small)
+    with running_engine(random_model, settings, **split) as engine:
+        replies = [reply(engine, batch) for batch in ([COVERED] * 8, small, recent)]
+    agreement = Agreement()
+    for expected, got in zip(dense, replies[0], strict=True):
+        assert got["meta_info"]["fasa"]["sparse_steps"] == NEW_TOKENS - 1
+        agreement.compare(expected, got, "covered")
+    agreement.require(MIN_AGREEMENT)
+    steps = [
+        sum(
+            agreeing_steps(expected["output_ids"], got["output_ids"])
+            for expected, got, length in zip(own, others, LENGTHS, strict=True)
+            if length > 200
+        )
+        for others in replies[1:]
+    ]
+    print(f"steps that agree with FASA's own prefill: {steps[0]}, of recent tokens: {steps[1]}")
+    assert steps[0] > 3 * steps[1]
+
+
+@pytest.mark.slow
 def test_real_weights_with_covering_budgets_equal_dense(
     smollm2_path: Path, tmp_path: Path, draw: Callable[[Any, Any], Any]
 ) -> None:
