@@ -37,6 +37,15 @@ class Block(torch.nn.Module):
             self.add_module(name, child)
 
 
+@pytest.fixture(scope="module")
+def sglang_arguments() -> None:
+    """SGLang 0.5.17 builds rotary modules by the arguments of the process's server."""
+    from sglang.srt.runtime_context import publish
+    from sglang.srt.server_args import ServerArgs
+
+    publish(ServerArgs(model_path="dummy"), role="scheduler")
+
+
 def test_rotary_module_prefers_the_outermost() -> None:
     """Gemma-3 has one in the model, which is in use, and one in each layer, which is not."""
     outer, inner = DummyRotary(), DummyRotary()
@@ -173,6 +182,7 @@ PAIRS = {
     ],
     ids=["neox", "interleaved", "partial", "llama3", "yarn"],
 )
+@pytest.mark.usefixtures("sglang_arguments")
 def test_rotation_of_a_module_of_sglang_is_what_it_applies(
     options: dict[str, Any], layout: str, dtype: torch.dtype
 ) -> None:
@@ -192,6 +202,7 @@ def test_rotation_of_a_module_of_sglang_is_what_it_applies(
         )
 
 
+@pytest.mark.usefixtures("sglang_arguments")
 @pytest.mark.parametrize("scaling", [LLAMA3, YARN], ids=["llama3", "yarn"])
 def test_rotation_of_scaled_modules_is_the_same_in_sglang_and_transformers(
     scaling: dict[str, Any],
