@@ -18,4 +18,6 @@ def activate() -> str | None:
     """
     if os.environ.get("SGLANG_PLATFORM") != PLATFORM_NAME:
         return None
+    # With several ranks, SGLang 0.5.17 uses any NCCL that is installed, which fails without a GPU.
+    os.environ.setdefault("SGLANG_NCCL_SO_PATH", "none")
     return "fasa_sglang.platforms.cpu:FasaCpuPlatform"

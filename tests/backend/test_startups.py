@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,9 @@ ENDED_BY_SGLANG = frozenset(
         "enable_memory_saver",
     }
 )
+if find_spec("sglang.srt.arg_groups.model_override_base") is None:
+    # The package that serves gRPC needs a later release.
+    ENDED_BY_SGLANG |= {"smg_grpc_mode"}
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,12 @@ STARTUPS: dict[str, Startup] = {
     "no selecting layer": Startup(SERVES, settings={"num_dense_layers": 2}),
     "no radix cache": Startup(SERVES, ("--disable-radix-cache",)),
     "no overlap": Startup(SERVES, ("--disable-overlap-schedule",)),
-    "session radix cache": Startup(SERVES, ("--enable-session-radix-cache",)),
+    "session radix cache": Startup(
+        SERVES,
+        ("--enable-session-radix-cache",),
+        # SGLang 0.5.17 has the cache that this needs, but another one by default.
+        environment={"SGLANG_ENABLE_UNIFIED_RADIX_TREE": "1"},
+    ),
     "calibration of another model": Startup(
         "was calibrated for num_layers 30 but the model has 2", calibration="other"
     ),
