@@ -66,6 +66,20 @@ def server_command(model: Path, settings: dict[str, Any] | None, *flags: str) ->
     return [*command, *flags]
 
 
+def cores_of_two_ranks(parallelism: str) -> str:
+    """Value of ``SGLANG_CPU_OMP_THREADS_BIND`` for ``--tp-size 2`` or ``--pp-size 2``.
+
+    SGLang 0.5.17 wants the cores of the tensor-parallel ranks, later releases those of all ranks.
+    """
+    # Imports SGLang, which conftest.py has to prepare first.
+    from fasa_sglang.backend.host import CHECKS_BODIES
+
+    cores = sorted(os.sched_getaffinity(0))
+    if parallelism == "--pp-size" and not CHECKS_BODIES:
+        return str(cores[0])
+    return f"{cores[0]}|{cores[-1]}"
+
+
 @contextmanager
 def running_server(command: list[str], log: Path, **environment: str) -> Iterator[str]:
     """Start ``command`` on a free port and return its URL once it is healthy."""

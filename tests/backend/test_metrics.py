@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,8 +12,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from fasa_sglang.backend.host import CHECKS_BODIES
-from serving import running_server, server_command
+from serving import cores_of_two_ranks, running_server, server_command
 
 PREFIX = "sglang_fasa_"
 NUM_LAYERS = 2
@@ -99,12 +97,10 @@ def test_counters_with_pipeline_stages_count_each_step_once(
     tmp_path: Path,
 ) -> None:
     """Each of the two stages runs all requests, with one of the two layers."""
-    cores = sorted(os.sched_getaffinity(0))
     settings = {"calibration": tiny_calibration, "min_seq_len": 0, "budget": 128}
     flags = ("--pp-size", "2", "--served-model-name", "tiny", "--enable-metrics")
     command = server_command(tiny_path, settings, *flags)
-    # SGLang 0.5.17 wants the cores of the tensor-parallel ranks, later releases those of all ranks.
-    threads = f"{cores[0]}|{cores[-1]}" if CHECKS_BODIES else str(cores[0])
+    threads = cores_of_two_ranks("--pp-size")
     log = tmp_path / "log"
     with running_server(command, log, SGLANG_CPU_OMP_THREADS_BIND=threads) as url:
         require_counters_equal_replies(url)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import calibrate
 
-from fasa_sglang.backend.host import CHECKS_BODIES
 from fasa_sglang.dominant_fcs import DominantFCs
+from serving import cores_of_two_ranks
 
 SMALL = ("--num-fcs", "8", "--tokens", "512", "--top-k", "32", "--num-queries", "8")
 
@@ -28,11 +27,7 @@ def test_two_ranks_write_the_calibration_of_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each rank ranks the chunks of its own heads or layers; the first one writes them all."""
-    cores = sorted(os.sched_getaffinity(0))
-    # SGLang 0.5.17 wants the cores of the tensor-parallel ranks, later releases those of all ranks.
-    one_group = parallelism == "--pp-size" and not CHECKS_BODIES
-    threads = str(cores[0]) if one_group else f"{cores[0]}|{cores[-1]}"
-    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", threads)
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", cores_of_two_ranks(parallelism))
     calibrate(tiny_path, tmp_path / "two.fasa", *SMALL, parallelism, "2")
     one, two = DominantFCs.load(tiny_calibration), DominantFCs.load(tmp_path / "two.fasa")
     assert two.model == one.model

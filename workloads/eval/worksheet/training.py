@@ -34,7 +34,7 @@ class Training:
         adapter: The file to write; if it exists, training continues with it.
         base: Identity of the base model, which the file names.
         lengths: Lengths of replies in tokens, rising; once all are drawn, each is as often.
-        batch_tokens: Tokens of a step. 32768 take about 60 GB with the default model.
+        batch_tokens: Tokens of a step.
         learning_rate: The highest; it follows the time that has passed.
         attention_rank: Rank of adapters of attention.
         mlp_rank: Rank of adapters of MLPs.
@@ -76,6 +76,7 @@ def train(model: Any, tokenizer: Any, training: Training) -> dict[str, LoraLinea
         restore(adapters, load_adapter(training.adapter))
         seed = f"training-{training.adapter.stat().st_mtime_ns}"
     model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     device = next(model.parameters()).device
     factors = [factor for layer in adapters.values() for factor in (layer.down, layer.up)]
     optimiser = torch.optim.AdamW(factors, lr=training.learning_rate, weight_decay=0.0)
